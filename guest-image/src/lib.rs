@@ -1,0 +1,1 @@
+//! Builds the guest kernel and the initramfs.

@@ -1,0 +1,3 @@
+//! The containerd shim of Walnut.
+
+fn main() {}

@@ -1,0 +1,96 @@
+//! virtio devices (virtio 1.3) and what they share.
+//!
+//! A device is split in two: a parser, pure and fuzzed, that turns a descriptor chain into a request, and
+//! an executor that does the I/O on the device's own thread. The transport ([`mmio`]) owns queues,
+//! features and status for every device. Devices must not import `vm`, `vcpu` or `boot`.
+
+pub mod fs;
+pub mod mmio;
+pub mod vsock;
+
+use std::sync::{Arc, atomic::AtomicU32};
+use virtio_queue::Queue;
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::EventFd;
+
+/// Device ids of virtio 1.3, section 5.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum DeviceType {
+    /// Section 5.2.
+    Block = 2,
+    /// Section 5.4.
+    Entropy = 4,
+    /// Section 5.10.
+    Socket = 19,
+    /// Section 5.11.
+    FileSystem = 26,
+}
+
+/// How a device's thread tells the driver that it used buffers or changed its configuration.
+///
+/// Sets the bits of InterruptStatus (virtio 1.3, section 4.2.2) and then writes the irqfd.
+#[derive(Debug, Clone)]
+pub struct Interrupt {
+    status: Arc<AtomicU32>,
+    irqfd: Arc<EventFd>,
+}
+
+/// One virtqueue that the driver enabled.
+#[derive(Debug)]
+pub struct ActiveQueue {
+    /// The queue, valid in the memory that came with it.
+    pub queue: Queue,
+    /// Readable when the driver kicked the queue (ioeventfd).
+    pub kick: EventFd,
+}
+
+/// What a device receives when the driver sets DRIVER_OK.
+#[derive(Debug)]
+pub struct Activation {
+    /// Guest RAM.
+    pub memory: GuestMemoryMmap,
+    /// All queues that the driver enabled, by index; `None` where it left one out.
+    pub queues: Vec<Option<ActiveQueue>>,
+    /// Features that both sides agreed on, the transport's included.
+    pub features: u64,
+    /// The way to the driver.
+    pub interrupt: Interrupt,
+}
+
+/// Why a device could not start; the transport answers with DEVICE_NEEDS_RESET.
+#[derive(Debug, thiserror::Error)]
+pub enum ActivateError {
+    /// The driver left out a queue that the device cannot work without.
+    #[error("the driver did not enable queue {index}")]
+    MissingQueue {
+        /// Its index.
+        index: usize,
+    },
+    /// The device's thread or its event file descriptors could not be made.
+    #[error("cannot start the device's thread")]
+    Thread(#[source] std::io::Error),
+}
+
+/// A device behind the transport. Calls come in this order, from the vCPU threads under the transport's lock:
+/// any number of reads and writes of the configuration; `activate` once the driver is ready; `reset` when it
+/// asks for one or the VM ends; then `activate` may come again.
+pub trait VirtioDevice: Send {
+    /// What the device is.
+    fn device_type(&self) -> DeviceType;
+
+    /// Feature bits of the device itself; the transport adds VERSION_1, EVENT_IDX and INDIRECT_DESC.
+    fn features(&self) -> u64;
+
+    /// Largest size of each queue, a power of two.
+    fn queue_max_sizes(&self) -> &[u16];
+
+    /// Reads the device's configuration space; bytes beyond its end are zero.
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+
+    /// Starts the device's thread.
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
+
+    /// Stops the device's thread, waits for its end and forgets the queues.
+    fn reset(&mut self);
+}

@@ -1,0 +1,3 @@
+//! The virtual machine monitor of Walnut.
+
+fn main() {}
