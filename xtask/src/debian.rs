@@ -113,6 +113,15 @@ fn parse_one_line(text: &str) -> Vec<Source> {
     lines.collect()
 }
 
+/// What a root file system is made as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Format {
+    /// A folder.
+    Folder,
+    /// A tar archive.
+    Tar,
+}
+
 /// A root file system to make.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct RootFileSystem<'a> {
@@ -123,10 +132,11 @@ pub(crate) struct RootFileSystem<'a> {
 }
 
 impl RootFileSystem<'_> {
-    /// Makes it in `folder`. Documentation and translations stay out.
+    /// Makes it as `output`, a folder or a tar archive. Documentation and translations stay out.
     pub(crate) fn make(
         &self,
-        folder: &Path,
+        output: &Path,
+        format: Format,
         step: &str,
         log: &Path,
         progress: Progress,
@@ -137,8 +147,13 @@ impl RootFileSystem<'_> {
         command
             .env("INITRD", "No")
             .args(["--variant=minbase", "--mode=root"]);
+        // The same packages give the same bytes.
+        command.env("SOURCE_DATE_EPOCH", "0");
         command.args([
-            "--format=directory",
+            match format {
+                Format::Folder => "--format=directory",
+                Format::Tar => "--format=tar",
+            },
             "--aptopt=Acquire::Languages \"none\"",
             // A development release's index is often past its date on a mirror's snapshot.
             "--aptopt=Acquire::Check-Valid-Until \"false\"",
@@ -148,7 +163,7 @@ impl RootFileSystem<'_> {
             "--dpkgopt=path-exclude=/usr/share/locale/*",
         ]);
         command.arg(format!("--include={}", self.packages.join(",")));
-        command.arg(self.suite).arg(folder);
+        command.arg(self.suite).arg(output);
         command.arg(format!("deb {} {} main", source.uri, self.suite));
         progress.run(step, &mut command, log)
     }

@@ -3,6 +3,7 @@
 mod container_images;
 mod debian;
 mod lab;
+mod oci_image;
 mod programs;
 mod progress;
 mod project;

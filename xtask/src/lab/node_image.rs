@@ -8,7 +8,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 use walnut_guest_image::cache::Key;
 
-use crate::debian::RootFileSystem;
+use crate::debian::{Format, RootFileSystem};
 use crate::progress::Progress;
 use crate::project::Project;
 
@@ -100,12 +100,8 @@ fn make(project: &Project, folder: &Path, progress: Progress) -> Result<()> {
         suite: SUITE,
         packages: &PACKAGES,
     };
-    recipe.make(
-        &root,
-        "node image",
-        &project.logs().join("node-image.log"),
-        progress,
-    )?;
+    let log = project.logs().join("node-image.log");
+    recipe.make(&root, Format::Folder, "node image", &log, progress)?;
     take_kernel(&root, folder)?;
     let disk = folder.join("node.ext4");
     let mut mke2fs = Command::new("mke2fs");
