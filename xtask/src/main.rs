@@ -1,12 +1,19 @@
 //! The developer's commands: `cargo xtask <command>`.
 
+mod bench;
+mod check;
 mod container_images;
 mod debian;
+mod demo;
+mod image;
 mod lab;
 mod oci_image;
+mod packages;
+mod prepare;
 mod programs;
 mod progress;
 mod project;
+mod suite;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -15,7 +22,6 @@ use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 
 use crate::lab::delivery::Delivery;
-use crate::lab::qemu::Accelerator;
 use crate::lab::{Freshness, Lab};
 use crate::progress::Progress;
 use crate::project::Project;
@@ -30,6 +36,24 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Say what this machine can do, and why
+    Check,
+    #[command(name = check::PROBE_COMMAND, hide = true)]
+    ProbeGuest,
+    /// Build the guest's kernel and initramfs
+    Image,
+    /// Build everything: programs, guest image, node image, container images
+    Build,
+    /// Build everything and run every test
+    Test,
+    /// Build everything and show containers in microVMs
+    Demo,
+    /// Build everything and measure it against runc and QEMU
+    Bench {
+        /// Passed on to the benchmark
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
     /// The lab: a virtual machine with containerd, KVM and this checkout's programs
     #[command(subcommand)]
     Lab(LabCommand),
@@ -67,16 +91,38 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> Result<ExitCode> {
+    // These two need no checkout.
+    match &arguments.command {
+        Command::Check => return check::run().map(|()| ExitCode::SUCCESS),
+        Command::ProbeGuest => return check::guest::report().map(|()| ExitCode::SUCCESS),
+        _ => {}
+    }
     let project = Project::find()?;
     let progress = Progress::new();
     match &arguments.command {
-        Command::Lab(command) => run_lab(&project, command, progress),
+        Command::Check | Command::ProbeGuest => {}
+        Command::Image => {
+            packages::install(&project, progress)?;
+            image::kernel(&project, progress)?;
+            prepare::programs_and_initramfs(&project, progress)?;
+        }
+        Command::Build => prepare::build(&project, progress)?,
+        Command::Test => {
+            if !suite::run(&project, progress)? {
+                return Ok(ExitCode::FAILURE);
+            }
+        }
+        Command::Demo => demo::run(&project, progress)?,
+        Command::Bench { arguments } => bench::run(&project, arguments, progress)?,
+        Command::Lab(command) => return run_lab(&project, command, progress),
     }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn run_lab(project: &Project, command: &LabCommand, progress: Progress) -> Result<ExitCode> {
     let up = |with: &[PathBuf]| -> Result<_> {
-        let mut lab = Lab::up(project, Accelerator::Tcg, Freshness::Warm, progress)?;
+        packages::install(project, progress)?;
+        let mut lab = Lab::up(project, check::accelerator()?, Freshness::Warm, progress)?;
         let mut files = lab::installed_files(project);
         for source in with {
             files.push(test_program(source)?);

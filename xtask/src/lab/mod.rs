@@ -21,6 +21,7 @@ use walnut_lab_init::wire::Exec;
 use crate::container_images;
 use crate::lab::client::{Client, Sink};
 use crate::lab::delivery::Delivery;
+pub(crate) use crate::lab::node_image::NodeImage;
 use crate::lab::qemu::Accelerator;
 use crate::lab::state::Running;
 use crate::lab::template::Template;

@@ -17,7 +17,7 @@ use crate::lab::qmp::Qmp;
 pub(crate) const PROGRAM: &str = "qemu-system-x86_64";
 
 /// The lab's memory. Untouched pages cost the host nothing.
-const MEMORY_MIB: u64 = 4096;
+pub(crate) const MEMORY_MIB: u64 = 4096;
 
 /// The outbox: a raw disk that the host writes archives to and the lab reads them from. Sparse.
 pub(crate) const OUTBOX_BYTES: u64 = 8 << 30;
@@ -140,28 +140,6 @@ impl Machine<'_> {
     }
 
     fn command(&self, outbox: &Path, port: u16) -> Command {
-        let (memory, share) = match &self.memory {
-            (path, Memory::Saved) => (path, "on"),
-            (path, Memory::CopyOnWrite) => (path, "off"),
-        };
-        let memory = format!(
-            "memory-backend-file,id=ram,size={MEMORY_MIB}M,mem-path={},share={share}",
-            quote(memory)
-        );
-        let drive = |id: &str, path: &Path| {
-            format!(
-                "if=none,id={id},format=raw,readonly=on,file.locking=off,file={}",
-                quote(path)
-            )
-        };
-        let network = format!(
-            "user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:{port}-10.0.2.15:{}",
-            wire::PORT
-        );
-        let console = format!(
-            "file,id=console,path={}",
-            quote(&self.folder.join("console.log"))
-        );
         let mut command = Command::new(PROGRAM);
         command.args([
             "-name",
@@ -174,13 +152,8 @@ impl Machine<'_> {
         command
             .args(["-display", "none"])
             .args(self.accelerator.arguments());
-        command.args(["-machine", "q35,memory-backend=ram", "-object", &memory]);
-        command.args([
-            "-m",
-            &format!("{MEMORY_MIB}M"),
-            "-smp",
-            &processors().to_string(),
-        ]);
+        command.args(["-smp", &processors().to_string()]);
+        self.add_memory(&mut command);
         command
             .arg("-kernel")
             .arg(&self.kernel)
@@ -190,10 +163,12 @@ impl Machine<'_> {
             "-append",
             "console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off",
         ]);
-        command.args(["-drive", &drive("node", &self.disk)]);
-        command.args(["-device", "virtio-blk-pci,drive=node"]);
-        command.args(["-drive", &drive("outbox", outbox)]);
-        command.args(["-device", "virtio-blk-pci,drive=outbox"]);
+        add_disk(&mut command, "node", &self.disk);
+        add_disk(&mut command, "outbox", outbox);
+        let network = format!(
+            "user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:{port}-10.0.2.15:{}",
+            wire::PORT
+        );
         command.args([
             "-netdev",
             &network,
@@ -201,6 +176,10 @@ impl Machine<'_> {
             "virtio-net-pci,netdev=net,romfile=",
         ]);
         command.args(["-device", "virtio-rng-pci", "-device", "vmgenid,guid=auto"]);
+        let console = format!(
+            "file,id=console,path={}",
+            quote(&self.folder.join("console.log"))
+        );
         command.args(["-chardev", &console, "-serial", "chardev:console"]);
         command.args([
             "-chardev",
@@ -208,11 +187,34 @@ impl Machine<'_> {
             "-mon",
             "chardev=qmp,mode=control",
         ]);
+        command
+    }
+
+    fn add_memory(&self, command: &mut Command) {
+        let (path, share) = match &self.memory {
+            (path, Memory::Saved) => (path, "on"),
+            (path, Memory::CopyOnWrite) => (path, "off"),
+        };
+        let file = format!("mem-path={},share={share}", quote(path));
+        let memory = format!("memory-backend-file,id=ram,size={MEMORY_MIB}M,{file}");
+        command.args(["-machine", "q35,memory-backend=ram", "-object", &memory]);
+        command.args(["-m", &format!("{MEMORY_MIB}M")]);
         if self.memory.1 == Memory::CopyOnWrite {
             command.args(["-incoming", "defer"]);
         }
-        command
     }
+}
+
+/// A read-only disk. Several labs use the same node image, and the host writes to the outbox.
+fn add_disk(command: &mut Command, id: &str, path: &Path) {
+    let file = quote(path);
+    let drive = format!("if=none,id={id},format=raw,readonly=on,file.locking=off,file={file}");
+    command.args([
+        "-drive",
+        &drive,
+        "-device",
+        &format!("virtio-blk-pci,drive={id}"),
+    ]);
 }
 
 /// A comma in an option's value is written twice.
