@@ -139,13 +139,13 @@ pub(crate) fn run() -> Result<()> {
     println!("KVM             {}", verdict.kvm);
     println!("nesting         {}", verdict.nesting);
     let (containers, lab) = match (&verdict.kvm, verdict.accelerator()) {
-        (Kvm::Usable { .. }, Accelerator::Kvm) => ("yes", "accelerated by KVM"),
+        (Kvm::Usable { .. }, Accelerator::Kvm) => ("runs", "accelerated by KVM"),
         (Kvm::Usable { .. }, Accelerator::Tcg) => (
-            "yes",
+            "runs",
             "emulated by QEMU: this machine's guests can't have guests",
         ),
         _ => (
-            "no",
+            "does not run: it needs a usable KVM",
             "emulated by QEMU: real KVM semantics, about a tenth of the speed",
         ),
     };
