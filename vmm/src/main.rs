@@ -1,3 +1,3 @@
-//! The virtual machine monitor of Walnut.
+//! `walnut-vmm`: see the library.
 
 fn main() {}

@@ -1,0 +1,3 @@
+//! Devices of the VM. They must not import `vm`, `vcpu` or `boot`.
+
+pub mod virtio;
