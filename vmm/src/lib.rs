@@ -2,5 +2,15 @@
 //!
 //! A library so that its parts are tested and fuzzed without a VM; the program is `main.rs`.
 
+pub mod arch;
+pub mod boot;
+pub mod bus;
+pub mod control;
 pub mod devices;
 pub mod event_loop;
+pub mod jail;
+pub mod machine;
+pub mod memory;
+pub mod session;
+pub mod vcpu;
+pub mod vm;
