@@ -4,7 +4,7 @@
 //! write-zeroes are not offered.
 
 use super::{ActivateError, Activation, DeviceType, VirtioDevice, queue};
-use crate::event_loop::Worker;
+use crate::{event_loop::Worker, memory};
 use std::{
     fs::File,
     io::{self, Seek, SeekFrom},
@@ -16,7 +16,7 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_OUT,
 };
 use virtio_queue::DescriptorChain;
-use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, ReadVolatile, WriteVolatile};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, VolatileSlice};
 
 const QUEUE_SIZES: [u16; 1] = [256];
 /// A request is a header, a status and data between them.
@@ -240,8 +240,8 @@ impl Disk {
         })
     }
 
-    /// Seeks to `sector`, when all of the data lies within the disk. The file's position is this thread's own.
-    fn seek(&self, sector: u64, data: &[Piece]) -> io::Result<u32> {
+    /// Position in the file and length, when all of the data lies within the disk.
+    fn locate(&self, sector: u64, data: &[Piece]) -> io::Result<(u64, u32)> {
         let total: u64 = data.iter().map(|piece| u64::from(piece.bytes)).sum();
         let start = sector.checked_mul(SECTOR_BYTES);
         let start = start.ok_or(io::ErrorKind::InvalidInput)?;
@@ -251,27 +251,24 @@ impl Disk {
         if end > self.capacity_bytes || !total.is_multiple_of(SECTOR_BYTES) {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        (&self.file).seek(SeekFrom::Start(start))?;
-        u32::try_from(total).map_err(|_| io::ErrorKind::InvalidInput.into())
+        let total = u32::try_from(total).map_err(io::Error::other)?;
+        Ok((start, total))
     }
 
     fn read(&self, memory: &GuestMemoryMmap, sector: u64, data: &[Piece]) -> io::Result<u32> {
-        let total = self.seek(sector, data)?;
+        let (mut position, total) = self.locate(sector, data)?;
         for piece in data {
-            let mut slice = slice(memory, piece)?;
-            (&self.file)
-                .read_exact_volatile(&mut slice)
-                .map_err(io::Error::other)?;
+            memory::read_at(&self.file, &slice(memory, piece)?, position)?;
+            position += u64::from(piece.bytes);
         }
         Ok(total)
     }
 
     fn write(&self, memory: &GuestMemoryMmap, sector: u64, data: &[Piece]) -> io::Result<u32> {
-        self.seek(sector, data)?;
+        let (mut position, _) = self.locate(sector, data)?;
         for piece in data {
-            (&self.file)
-                .write_all_volatile(&slice(memory, piece)?)
-                .map_err(io::Error::other)?;
+            memory::write_at(&self.file, &slice(memory, piece)?, position)?;
+            position += u64::from(piece.bytes);
         }
         Ok(0)
     }
@@ -286,14 +283,8 @@ impl Disk {
     }
 }
 
-fn slice<'a>(
-    memory: &'a GuestMemoryMmap,
-    piece: &Piece,
-) -> io::Result<vm_memory::VolatileSlice<'a>> {
-    let bytes = usize::try_from(piece.bytes).map_err(io::Error::other)?;
-    memory
-        .get_slice(piece.address, bytes)
-        .map_err(io::Error::other)
+fn slice<'a>(memory: &'a GuestMemoryMmap, piece: &Piece) -> io::Result<VolatileSlice<'a>> {
+    memory::slice(memory, piece.address, piece.bytes.into()).map_err(io::Error::other)
 }
 
 /// The block device.
