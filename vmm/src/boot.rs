@@ -1,0 +1,144 @@
+//! From a configuration and its files to a VM that is ready to run: the order of things, and the one file
+//! that knows every device. Must not hold logic.
+
+use crate::{
+    arch::x86_64::{
+        image::{self, ImageError},
+        layout,
+    },
+    control::{ControlError, Files},
+    devices::{
+        reset::{I8042, Power},
+        serial::SerialPort,
+        virtio::{
+            block::{Block, BlockError, Disk},
+            rng::Rng,
+        },
+    },
+    jail::{self, JailError, Root},
+    machine::{Machine, MachineError, RunningMachine},
+};
+use std::{
+    fs::File,
+    io,
+    sync::{Arc, Mutex},
+};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use walnut_vmm_api::{DiskConfig, FailureKind, VmConfig};
+
+/// Why the VM was not built.
+#[derive(Debug, thiserror::Error)]
+pub enum BootError {
+    /// The files are not as the configuration says.
+    #[error("the configuration's files are not all there")]
+    Files(#[from] ControlError),
+    /// Kernel or initramfs.
+    #[error("the VM has nothing to boot")]
+    Image(#[from] ImageError),
+    /// KVM, memory, bus, tables.
+    #[error("the machine cannot be built")]
+    Machine(#[from] MachineError),
+    /// Disks.
+    #[error("a disk cannot be attached")]
+    Disk(#[from] BlockError),
+    /// Confinement.
+    #[error("the VMM cannot confine itself")]
+    Jail(#[from] JailError),
+    /// An event file descriptor.
+    #[error("cannot make an event file descriptor")]
+    Event(#[source] io::Error),
+}
+
+impl BootError {
+    /// What a program can act on.
+    pub fn kind(&self) -> FailureKind {
+        match self {
+            Self::Files(_) => FailureKind::Config,
+            Self::Image(_) => FailureKind::Image,
+            Self::Machine(error) => error.kind(),
+            Self::Disk(_) | Self::Jail(_) | Self::Event(_) => FailureKind::Internal,
+        }
+    }
+}
+
+/// A VM whose vCPUs wait for the word to run.
+pub struct Booted {
+    /// vCPUs and memory.
+    pub machine: RunningMachine,
+    /// COM1, for the console's tail.
+    pub console: Arc<Mutex<SerialPort>>,
+    /// Readable once the guest's init listens.
+    pub ready: EventFd,
+}
+
+/// Builds the VM, and confines this process.
+pub fn boot(config: &VmConfig, files: &mut Files) -> Result<Booted, BootError> {
+    let mut machine = Machine::new(files.take(config.kvm)?, config)?;
+    let loaded = load(&machine, config, files)?;
+    let console = add_serial(&mut machine, files.take_file(config.console)?)?;
+    add_reset(&mut machine)?;
+    let ready = EventFd::new(EFD_NONBLOCK).map_err(BootError::Event)?;
+
+    enter_jail(config, files)?;
+
+    machine.add_virtio(Box::new(Rng::new()))?;
+    for disk in &config.disks {
+        add_disk(&mut machine, disk, files)?;
+    }
+    Ok(Booted {
+        machine: machine.finish(config, loaded)?,
+        console,
+        ready,
+    })
+}
+
+fn load(
+    machine: &Machine,
+    config: &VmConfig,
+    files: &mut Files,
+) -> Result<image::Loaded, BootError> {
+    let kernel = files.take_file(config.kernel)?;
+    let initramfs = config
+        .initramfs
+        .map(|slot| files.take_file(slot))
+        .transpose()?;
+    let (memory, ram_bytes) = (machine.memory(), machine.ram_bytes());
+    Ok(image::load(memory, ram_bytes, &kernel, initramfs.as_ref())?)
+}
+
+fn add_serial(machine: &mut Machine, log: File) -> Result<Arc<Mutex<SerialPort>>, BootError> {
+    let irqfd = machine.interrupt(layout::SERIAL_INTERRUPT)?;
+    let serial = Arc::new(Mutex::new(SerialPort::new(log, irqfd)));
+    let ports = layout::SERIAL_PORTS.into();
+    machine.add_ports(layout::SERIAL_PORT, ports, serial.clone())?;
+    Ok(serial)
+}
+
+fn add_reset(machine: &mut Machine) -> Result<(), BootError> {
+    machine.add_ports(layout::I8042_PORT, 1, Arc::new(Mutex::new(I8042)))?;
+    machine.add_ports(
+        layout::POWER_PORT,
+        layout::POWER_PORTS,
+        Arc::new(Mutex::new(Power)),
+    )?;
+    Ok(())
+}
+
+fn enter_jail(config: &VmConfig, files: &mut Files) -> Result<(), BootError> {
+    let root = match &config.share {
+        Some(share) => Root::Share(files.take(share.directory)?),
+        None => Root::Empty,
+    };
+    Ok(jail::enter(root)?)
+}
+
+fn add_disk(
+    machine: &mut Machine,
+    config: &DiskConfig,
+    files: &mut Files,
+) -> Result<(), BootError> {
+    let file = files.take_file(config.file)?;
+    let disk = Disk::new(file, config.read_only, &config.serial)?;
+    machine.add_virtio(Box::new(Block::new(disk)))?;
+    Ok(())
+}
