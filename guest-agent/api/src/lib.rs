@@ -23,7 +23,13 @@ mod stream;
 pub use stream::{STREAM_ACCEPTED, StreamId, StreamIdError};
 
 /// Generated from `proto/guest.proto`: messages, client and server of the `Guest` service.
-#[allow(missing_docs, clippy::all, reason = "generated code")]
+#[allow(
+    missing_docs,
+    clippy::all,
+    clippy::cast_possible_truncation,
+    clippy::unwrap_used,
+    reason = "generated code"
+)]
 mod generated {
     include!(concat!(env!("OUT_DIR"), "/mod.rs"));
 }
