@@ -4,7 +4,7 @@ use crate::deadline::Deadline;
 use anyhow::{Context, Result, bail};
 use rustix::{
     event::{PollFd, PollFlags, poll},
-    process::{Pid, PidfdFlags, pidfd_open},
+    process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open},
 };
 use std::{
     io::{Read, Write},
@@ -140,6 +140,11 @@ impl Running {
         })
     }
 
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        kill_process(pid_of(&self.child)?, signal).context("cannot signal a program")
+    }
+
     /// Kills it, as a person at the keyboard would.
     pub fn kill(mut self) -> Result<()> {
         self.child.kill().context("cannot kill a program")?;
@@ -163,13 +168,15 @@ fn join(reader: Option<JoinHandle<Vec<u8>>>) -> Result<Vec<u8>> {
     }
 }
 
+fn pid_of(child: &Child) -> Result<Pid> {
+    let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
+    pid.context("a process id that is none")
+}
+
 /// Waits for a child's end; `None` when the deadline comes first.
 pub fn wait_child(child: &mut Child, deadline: Deadline) -> Result<Option<ExitStatus>> {
-    let pid = i32::try_from(child.id())
-        .ok()
-        .and_then(Pid::from_raw)
-        .context("a process id that is none")?;
-    let pidfd: OwnedFd = pidfd_open(pid, PidfdFlags::empty()).context("cannot watch a child")?;
+    let pidfd: OwnedFd =
+        pidfd_open(pid_of(child)?, PidfdFlags::empty()).context("cannot watch a child")?;
     let mut watched = [PollFd::new(&pidfd, PollFlags::IN)];
     poll(&mut watched, Some(&deadline.timespec())).context("cannot wait for a child")?;
     child.try_wait().context("cannot wait for a child")

@@ -2,8 +2,8 @@
 //!
 //! Blocks: a test tells one story. Every call has a deadline, which ttrpc keeps.
 
-use crate::{command::End, deadline};
-use anyhow::{Context as _, Result};
+use crate::deadline;
+use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
 use std::{fmt, future::Future, os::unix::net::UnixStream};
 use walnut_agent_api::{
@@ -193,14 +193,23 @@ pub fn any(type_url: &str, value: Vec<u8>) -> Any {
 pub fn refusal(error: &ttrpc::Error) -> Result<(ttrpc::Code, String)> {
     match error {
         ttrpc::Error::RpcStatus(status) => Ok((status.code(), status.message().to_owned())),
-        other => anyhow::bail!("the connection failed instead of the call: {other}"),
+        other => bail!("the connection failed instead of the call: {other}"),
     }
 }
 
-/// What a shell calls the status of a process that ended so.
-pub fn shell_status(end: End) -> i32 {
-    match end {
-        End::Exited(code) => code,
-        End::Killed(signal) => 128 + signal,
+/// Fails unless a call was refused with `code`, in one line that holds each of `words`.
+pub fn refused<T>(answer: ttrpc::Result<T>, code: ttrpc::Code, words: &[&str]) -> Result<()> {
+    let Err(error) = answer else {
+        bail!("the call succeeded, but {code:?} was expected");
+    };
+    let (found, message) = refusal(&error)?;
+    ensure!(
+        found == code,
+        "expected {code:?}, found {found:?}: {message}"
+    );
+    for word in words {
+        ensure!(message.contains(word), "{word:?} is not in {message:?}");
     }
+    ensure!(!message.contains('\n'), "more than one line: {message:?}");
+    Ok(())
 }

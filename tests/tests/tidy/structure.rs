@@ -18,7 +18,8 @@ const EDGES: &[(&str, &[&str])] = &[
     ("tests", &["walnut-agent-api", "walnut-vmm-api"]),
     ("vmm", &["walnut-vmm-api"]),
     ("vmm/api", &[]),
-    ("xtask", &["walnut-guest-image"]),
+    ("xtask", &["walnut-guest-image", "walnut-lab-init"]),
+    ("xtask/lab-init", &[]),
 ];
 /// Packages that only the VMM may use: they drive KVM or touch guest memory.
 const VMM_ONLY: [&str; 8] = [
