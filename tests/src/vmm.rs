@@ -34,11 +34,14 @@ use walnut_vmm_api::{
 };
 
 /// What each guest of a test is told first; the shim says the same.
-const CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=k random.trust_cpu=on";
+pub const CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=k random.trust_cpu=on";
 /// Context id of every test's guest: nothing on the host sees it.
 const GUEST_CID: u32 = 3;
 /// Tag of the shared directory.
 pub const SHARE_TAG: &str = "walnut";
+
+/// What makes the agent say one line and power off.
+pub const PROBE_WORD: &str = "walnut.mode=probe";
 
 /// A VM to be.
 #[derive(Debug, Clone)]
@@ -53,12 +56,13 @@ pub struct VmBuilder {
     vsock: bool,
     share: bool,
     disks: Vec<(PathBuf, bool)>,
+    console: Option<PathBuf>,
 }
 
 impl VmBuilder {
     /// A guest whose agent says one line on the console and powers off.
     pub fn probe(programs: &Programs) -> Self {
-        Self::new(programs).word("walnut.mode=probe")
+        Self::new(programs).word(PROBE_WORD)
     }
 
     /// A guest whose agent listens, with a socket device and a shared directory.
@@ -87,6 +91,7 @@ impl VmBuilder {
             vsock: false,
             share: false,
             disks: Vec::new(),
+            console: None,
         }
     }
 
@@ -133,6 +138,13 @@ impl VmBuilder {
         self
     }
 
+    /// Writes the console to this file instead of one that [`Vm::console`] reads.
+    #[must_use]
+    pub fn console(mut self, console: &Path) -> Self {
+        self.console = Some(console.to_owned());
+        self
+    }
+
     /// Adds a disk that the guest may only read.
     #[must_use]
     pub fn read_only_disk(mut self, file: &Path) -> Self {
@@ -163,7 +175,7 @@ impl VmBuilder {
             kernel: fds.open(&self.kernel, OpenOptions::new().read(true))?,
             initramfs: Some(fds.open(&self.initramfs, OpenOptions::new().read(true))?),
             console: fds.open(
-                &vm.console_path(),
+                &self.console.clone().unwrap_or_else(|| vm.console_path()),
                 OpenOptions::new().append(true).create(true),
             )?,
             vsock: self.vsock.then(|| vm.listen(&mut fds)).transpose()?,

@@ -47,7 +47,18 @@ pub(crate) fn size(files: &[File]) -> Vec<Violation> {
 
 pub(crate) fn module_doc(files: &[File]) -> Vec<Violation> {
     rust(files)
-        .filter(|file| !file.text.starts_with("//! "))
+        .filter(|file| {
+            // What the module allows itself may stand first; the attribute can take several lines.
+            let code = file.code();
+            let mut lines = file.text.lines().zip(&code);
+            let mut in_attribute = false;
+            let first = lines.find(|(_, code)| {
+                let attribute = in_attribute || code.starts_with("#![");
+                in_attribute = attribute && !code.trim_end().ends_with(")]");
+                !attribute
+            });
+            !first.is_some_and(|(line, _)| line.starts_with("//! "))
+        })
         .map(|file| Violation::new(file, 1, "does not open with //!"))
         .collect()
 }

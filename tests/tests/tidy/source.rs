@@ -57,12 +57,20 @@ impl File {
 
     /// Whether all of it is test code.
     pub(crate) fn is_test(&self) -> bool {
-        self.path.split('/').rev().skip(1).any(|dir| dir == "tests")
-            && !self.path.starts_with("tests/src/")
+        let in_tests = self.path.split('/').rev().skip(1).any(|dir| dir == "tests");
+        self.is_unit_tests() || in_tests && !self.path.starts_with("tests/src/")
+    }
+
+    /// Whether it is a module's unit tests, which stand in a file of their own.
+    fn is_unit_tests(&self) -> bool {
+        self.path.ends_with("/tests.rs")
     }
 
     /// Number of lines before the module of unit tests.
     pub(crate) fn lines_before_tests(&self) -> usize {
+        if self.is_unit_tests() {
+            return 0;
+        }
         let lines: Vec<&str> = self.text.lines().collect();
         let is_tests = |index: usize| {
             lines[index].starts_with("#[cfg(test)]")
