@@ -10,6 +10,9 @@ const DIRECTORY: u32 = 0o040_755;
 const EXECUTABLE: u32 = 0o100_755;
 const CHARACTER_DEVICE: u32 = 0o020_600;
 
+/// Every script starts so: the shell finds busybox's applets by their names.
+const PROLOGUE: &str = "#!/bin/busybox sh\nexport PATH=/bin\n/bin/busybox --install -s /bin\n";
+
 /// An archive that grows entry by entry.
 #[derive(Debug, Default)]
 pub struct Initramfs {
@@ -21,7 +24,7 @@ impl Initramfs {
     /// A guest whose init is this shell script. The console is its standard input and output.
     pub fn script(busybox: &Path, script: &str) -> Result<Vec<u8>> {
         let mut initramfs = Self::with_busybox(busybox)?;
-        let text = format!("#!/bin/busybox sh\nexport PATH=/bin\n{script}\n");
+        let text = format!("{PROLOGUE}{script}\n");
         initramfs.entry("init", EXECUTABLE, (0, 0), text.as_bytes())?;
         initramfs.finish()
     }

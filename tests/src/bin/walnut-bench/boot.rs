@@ -22,6 +22,9 @@ use walnut_vmm_api::VmmExit;
 /// RAM of each guest.
 pub(crate) const MEMORY_MIB: u32 = 256;
 
+/// How a guest without a keyboard controller, which the microvm machine lacks, would reboot.
+const REBOOT: &str = "reboot=t";
+
 /// One guest's life.
 #[derive(Debug)]
 pub(crate) struct Boot {
@@ -35,6 +38,7 @@ pub(crate) fn walnut(programs: &Programs) -> Result<Boot> {
     let console = format!("/proc/self/fd/{}", writer.as_raw_fd());
     let started = Instant::now();
     let vm = VmBuilder::probe(programs)
+        .word(REBOOT)
         .memory_mib(MEMORY_MIB)
         .console(console.as_ref())
         .start()?;
@@ -46,7 +50,7 @@ pub(crate) fn walnut(programs: &Programs) -> Result<Boot> {
 
 pub(crate) fn qemu(programs: &Programs) -> Result<Boot> {
     let (reader, writer) = pipe().context("cannot make a pipe")?;
-    let cmdline = format!("{CMDLINE} {PROBE_WORD}");
+    let cmdline = format!("{CMDLINE} {PROBE_WORD} {REBOOT}");
     let started = Instant::now();
     let mut child = qemu::command(programs, &programs.initramfs, &cmdline, MEMORY_MIB)
         .stdin(Stdio::null())
