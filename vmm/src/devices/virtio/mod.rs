@@ -5,9 +5,13 @@
 //! features and status for every device. Devices must not import `vm`, `vcpu` or `boot`.
 
 pub mod block;
+pub mod fs;
 pub mod mmio;
+#[cfg(test)]
+mod mock_driver;
 mod queue;
 pub mod rng;
+pub mod vsock;
 
 use std::sync::{
     Arc,

@@ -11,6 +11,18 @@ use vmm_sys_util::{epoll::EventSet, eventfd::EventFd};
 
 const STOP: u64 = 0;
 const KICK: u64 = 1;
+/// Buffers after which the thread looks for the event that ends it, so that a driver that never pauses
+/// cannot keep it.
+const ROUND_BUFFERS: usize = 64;
+
+/// How a round ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Round {
+    /// The queue is empty, and the driver kicks when it is not.
+    Drained,
+    /// There may be more.
+    Full,
+}
 
 /// Why a queue is no longer served.
 #[derive(Debug, thiserror::Error)]
@@ -54,30 +66,38 @@ fn run(
             }
             // The count of kicks says nothing; an error says that there was none.
             let _ = active.kick.read();
-            drain(&mut active.queue, memory, &mut execute)?;
-            if active.queue.needs_notification(memory)? {
-                interrupt.signal_used();
+            if serve_round(&mut active.queue, memory, interrupt, &mut execute)? == Round::Full {
+                // Fails only when the counter is full, and then the event is readable.
+                let _ = active.kick.write(1);
             }
         }
     }
 }
 
-fn drain(
+/// Executes what the driver offered, and lets it know of each buffer as soon as it is used.
+fn serve_round(
     queue: &mut Queue,
     memory: &GuestMemoryMmap,
+    interrupt: &Interrupt,
     execute: &mut impl FnMut(DescriptorChain<&GuestMemoryMmap>) -> u32,
-) -> Result<(), QueueError> {
-    loop {
-        queue.disable_notification(memory)?;
-        while let Some(chain) = pop(queue, memory)? {
-            let head = chain.head_index();
-            let written = execute(chain);
-            queue.add_used(memory, head, written)?;
-        }
-        if !queue.enable_notification(memory)? {
-            return Ok(());
+) -> Result<Round, QueueError> {
+    queue.disable_notification(memory)?;
+    for _ in 0..ROUND_BUFFERS {
+        let Some(chain) = pop(queue, memory)? else {
+            if queue.enable_notification(memory)? {
+                queue.disable_notification(memory)?;
+                continue;
+            }
+            return Ok(Round::Drained);
+        };
+        let head = chain.head_index();
+        let written = execute(chain);
+        queue.add_used(memory, head, written)?;
+        if queue.needs_notification(memory)? {
+            interrupt.signal_used();
         }
     }
+    Ok(Round::Full)
 }
 
 fn pop<'a>(
