@@ -12,7 +12,9 @@ use crate::{
         serial::SerialPort,
         virtio::{
             block::{Block, BlockError, Disk},
+            fs::{FileSystem, FsError, PendingShare, ShareServer},
             rng::Rng,
+            vsock::{Vsock, VsockError},
         },
     },
     jail::{self, JailError, Root},
@@ -41,6 +43,12 @@ pub enum BootError {
     /// Disks.
     #[error("a disk cannot be attached")]
     Disk(#[from] BlockError),
+    /// The file server.
+    #[error("the share cannot be served")]
+    Share(#[from] FsError),
+    /// The socket device.
+    #[error("the socket device cannot be attached")]
+    Vsock(#[from] VsockError),
     /// Confinement.
     #[error("the VMM cannot confine itself")]
     Jail(#[from] JailError),
@@ -56,7 +64,9 @@ impl BootError {
             Self::Files(_) => FailureKind::Config,
             Self::Image(_) => FailureKind::Image,
             Self::Machine(error) => error.kind(),
-            Self::Disk(_) | Self::Jail(_) | Self::Event(_) => FailureKind::Internal,
+            Self::Disk(_) | Self::Share(_) | Self::Vsock(_) | Self::Jail(_) | Self::Event(_) => {
+                FailureKind::Internal
+            }
         }
     }
 }
@@ -79,9 +89,12 @@ pub fn boot(config: &VmConfig, files: &mut Files) -> Result<Booted, BootError> {
     add_reset(&mut machine)?;
     let ready = EventFd::new(EFD_NONBLOCK).map_err(BootError::Event)?;
 
+    let share = prepare_share(config)?;
     enter_jail(config, files)?;
 
     machine.add_virtio(Box::new(Rng::new()))?;
+    add_vsock(&mut machine, config, files, &ready)?;
+    add_share(&mut machine, share)?;
     for disk in &config.disks {
         add_disk(&mut machine, disk, files)?;
     }
@@ -124,12 +137,47 @@ fn add_reset(machine: &mut Machine) -> Result<(), BootError> {
     Ok(())
 }
 
+/// What the file server needs of the host's root, before that is out of reach.
+fn prepare_share(config: &VmConfig) -> Result<Option<(String, PendingShare)>, BootError> {
+    let Some(share) = &config.share else {
+        return Ok(None);
+    };
+    // The path is that of the jail, where the share is the root.
+    Ok(Some((share.tag.clone(), ShareServer::before_jail("/")?)))
+}
+
 fn enter_jail(config: &VmConfig, files: &mut Files) -> Result<(), BootError> {
     let root = match &config.share {
         Some(share) => Root::Share(files.take(share.directory)?),
         None => Root::Empty,
     };
     Ok(jail::enter(root)?)
+}
+
+fn add_vsock(
+    machine: &mut Machine,
+    config: &VmConfig,
+    files: &mut Files,
+    ready: &EventFd,
+) -> Result<(), BootError> {
+    if let Some(vsock) = &config.vsock {
+        let listener = files.take(vsock.listener)?;
+        let ready = ready.try_clone().map_err(BootError::Event)?;
+        let device = Vsock::new(vsock.cid.into(), listener, ready)?;
+        machine.add_virtio(Box::new(device))?;
+    }
+    Ok(())
+}
+
+fn add_share(
+    machine: &mut Machine,
+    share: Option<(String, PendingShare)>,
+) -> Result<(), BootError> {
+    if let Some((tag, pending)) = share {
+        let device = FileSystem::new(&tag, pending.after_jail()?);
+        machine.add_virtio(Box::new(device))?;
+    }
+    Ok(())
 }
 
 fn add_disk(

@@ -14,7 +14,10 @@ use rustix::{
         FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags,
         UnmountFlags, fsconfig_create, fsmount, fsopen, mount_change, move_mount, unmount,
     },
-    process::{Resource, Rlimit, chdir, fchdir, getrlimit, pivot_root, setrlimit},
+    process::{
+        DumpableBehavior, Resource, Rlimit, chdir, fchdir, getrlimit, pivot_root,
+        set_dumpable_behavior, setrlimit,
+    },
     thread::{
         CapabilitySet, CapabilitySets, UnshareFlags, remove_capability_from_bounding_set,
         set_capabilities, set_no_new_privs, set_thread_groups, unshare_unsafe,
@@ -64,6 +67,9 @@ pub fn enter(root: Root) -> Result<(), JailError> {
     change_root(root)?;
     set_thread_groups(&[]).map_err(failed("drop supplementary groups"))?;
     drop_capabilities(capabilities)?;
+    // The VMMs of other Pods run as the same user with the same capabilities: none may look into another, and
+    // no core dump may hold a guest's memory.
+    set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(failed("forbid core dumps"))?;
     set_no_new_privs(true).map_err(failed("set no-new-privs"))
 }
 

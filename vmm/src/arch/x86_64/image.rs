@@ -1,4 +1,7 @@
 //! Puts the kernel and the initramfs into guest RAM.
+//!
+//! The kernel is copied: it patches nearly every page of its code when it starts, so that sharing them saves
+//! nothing and costs a fault each. The initramfs is mapped: it is read once, and VMs share it.
 
 use crate::{
     arch::x86_64::{
@@ -57,7 +60,7 @@ pub fn load(
 ) -> Result<Loaded, ImageError> {
     let headers = Kernel::open(kernel)?;
     for segment in &headers.segments {
-        memory::load(memory, kernel, *segment).map_err(ImageError::Kernel)?;
+        memory::read(memory, kernel, *segment).map_err(ImageError::Kernel)?;
     }
     let ram_end = layout::ram_end_below_hole(ram_bytes);
     let initramfs = initramfs
@@ -83,7 +86,7 @@ fn load_initramfs(
         at,
         bytes,
     };
-    memory::load(memory, file, extent).map_err(ImageError::Initramfs)?;
+    memory::map(memory, file, extent).map_err(ImageError::Initramfs)?;
     Ok((at, bytes))
 }
 

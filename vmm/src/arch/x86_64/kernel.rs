@@ -298,7 +298,7 @@ mod tests {
         let ours = memory::allocate(&layout::ram(2 << 20)).unwrap();
         let kernel = Kernel::open(&image).unwrap();
         for segment in &kernel.segments {
-            memory::load(&ours, &image, *segment).unwrap();
+            memory::read(&ours, &image, *segment).unwrap();
         }
         let theirs = memory::allocate(&layout::ram(2 << 20)).unwrap();
         let loaded = Elf::load(&theirs, None, &mut image, None).unwrap();
