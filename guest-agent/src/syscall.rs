@@ -158,6 +158,10 @@ const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
 const BPF_CGROUP_DEVICE: u32 = 6;
 const BPF_F_ALLOW_MULTI: u32 = 2;
 
+/// The kernel's verifier gives up with EAGAIN when a signal comes, such as that of a child's end; the signal
+/// has been handled when the call returns, so each attempt can only be disturbed by a further one.
+const LOAD_ATTEMPTS: u32 = 100;
+
 /// Loads a `BPF_PROG_TYPE_CGROUP_DEVICE` program of encoded instructions.
 pub(crate) fn load_device_program(instructions: &[u64]) -> io::Result<OwnedFd> {
     let attributes = ProgramLoad {
@@ -174,19 +178,27 @@ pub(crate) fn load_device_program(instructions: &[u64]) -> io::Result<OwnedFd> {
         interface_index: 0,
         expected_attach_type: BPF_CGROUP_DEVICE,
     };
-    // SAFETY: `instructions` and the license outlive the call, and the size passed is that of `attributes`.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_bpf,
-            BPF_PROG_LOAD,
-            &raw const attributes,
-            size_of::<ProgramLoad>(),
-        )
+    let load = || {
+        // SAFETY: `instructions` and the license outlive the call, and the size passed is that of `attributes`.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_bpf,
+                BPF_PROG_LOAD,
+                &raw const attributes,
+                size_of::<ProgramLoad>(),
+            )
+        };
+        match RawFd::try_from(result) {
+            Ok(fd) if fd >= 0 => Ok(fd),
+            _ => Err(io::Error::last_os_error()),
+        }
     };
-    let fd = RawFd::try_from(result).map_err(io::Error::other)?;
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
+    let fd = (1..LOAD_ATTEMPTS)
+        .find_map(|_| match load() {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
+            other => Some(other),
+        })
+        .unwrap_or_else(load)?;
     // SAFETY: the kernel has just made this file descriptor and nobody else knows it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
