@@ -269,26 +269,31 @@ fn any_request_is_survived() {
         proptest::collection::vec(piece(), 0..4),
     );
     let client = RefCell::new(client);
-    TestRunner::new(ProptestConfig::with_cases(2000))
-        .run(&request, |(opcode, node, length, body, more, writable)| {
-            let mut client = client.borrow_mut();
-            let header = InHeader {
-                len: length,
-                ..Client::header(Opcode::Lookup, node, 0)
-            };
-            let header = InHeader { opcode, ..header };
-            let memory = &client.driver.memory;
-            memory.write_obj(header, GuestAddress(IN)).unwrap();
-            memory.write_slice(&body, GuestAddress(IN + 40)).unwrap();
-            let mut readable = vec![(IN, 40 + u32::try_from(body.len()).unwrap())];
-            readable.extend(more);
-            // The rings stay as they are, or the test could not go on.
-            let outside_rings = |(at, size): (u64, u32)| (at.saturating_add(OUT), size);
-            let writable: Vec<_> = writable.into_iter().map(outside_rings).collect();
-            let head = client.driver.queues[REQUEST].offer(&readable, &writable);
-            prop_assert_eq!(client.driver.wait_used(REQUEST).0, head);
-            Ok(())
-        })
-        .unwrap();
+    TestRunner::new(ProptestConfig {
+        cases: 2000,
+        // The device lives on from case to case.
+        max_shrink_iters: 0,
+        ..ProptestConfig::default()
+    })
+    .run(&request, |(opcode, node, length, body, more, writable)| {
+        let mut client = client.borrow_mut();
+        let header = InHeader {
+            len: length,
+            ..Client::header(Opcode::Lookup, node, 0)
+        };
+        let header = InHeader { opcode, ..header };
+        let memory = &client.driver.memory;
+        memory.write_obj(header, GuestAddress(IN)).unwrap();
+        memory.write_slice(&body, GuestAddress(IN + 40)).unwrap();
+        let mut readable = vec![(IN, 40 + u32::try_from(body.len()).unwrap())];
+        readable.extend(more);
+        // The rings stay as they are, or the test could not go on.
+        let outside_rings = |(at, size): (u64, u32)| (at.saturating_add(OUT), size);
+        let writable: Vec<_> = writable.into_iter().map(outside_rings).collect();
+        let head = client.driver.queues[REQUEST].offer(&readable, &writable);
+        prop_assert_eq!(client.driver.wait_used(REQUEST).0, head);
+        Ok(())
+    })
+    .unwrap();
     client.into_inner().lookup(ROOT, ".").unwrap();
 }
