@@ -51,7 +51,7 @@ pub(crate) fn get(project: &Project, progress: Progress) -> Result<Vec<Image>> {
 fn image(
     project: &Project,
     key: &Key,
-    reference: &str,
+    reference: &'static str,
     command: &[&str],
     progress: Progress,
     make_layer: impl FnOnce(&Path) -> Result<()>,
@@ -75,6 +75,7 @@ fn image(
             )
         })?;
     Ok(Image {
+        reference,
         archive: folder.join("image.tar"),
         key: key.name(),
     })

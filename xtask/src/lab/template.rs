@@ -35,6 +35,8 @@ const TEMPLATES_KEPT: usize = 2;
 /// A container image to import.
 #[derive(Debug, Clone)]
 pub(crate) struct Image {
+    /// Its name.
+    pub(crate) reference: &'static str,
     /// The archive on the host.
     pub(crate) archive: PathBuf,
     /// The hash of what it is made of.
@@ -219,9 +221,9 @@ fn import(client: &Client, folder: &Path, image: &Image, progress: Progress) -> 
     delivery::deliver(client, &outbox, &[delivery], &mut Delivered::new())?;
     // Without --local, ctr and containerd hand each other small pieces, at twice the cost.
     let script = format!("ctr image import --local {destination} && rm {destination}");
-    let output = client.must(&script, IMPORT_LIMIT)?;
-    let name = output.split_whitespace().next().unwrap_or("image");
+    client.must(&script, IMPORT_LIMIT)?;
     let seconds = begun.elapsed().as_secs_f64();
+    let name = image.reference;
     progress.say("lab", &format!("imported {name} in {seconds:.1} s"));
     Ok(())
 }
