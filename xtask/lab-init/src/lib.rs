@@ -1,0 +1,3 @@
+//! What the lab's command server and `cargo xtask lab` say to each other.
+
+pub mod wire;

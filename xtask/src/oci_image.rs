@@ -1,0 +1,185 @@
+//! Writes a container image as one archive: the OCI image layout (image-spec, image-layout.md) in
+//! a tar file, with one uncompressed layer.
+//!
+//! Nothing in it depends on when or where it was made.
+
+use std::fs::File;
+use std::io::{self, BufWriter, Read, Write};
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+
+/// What a container of the image runs if nothing else is asked for.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Config<'a> {
+    /// Its full name, with a tag.
+    pub(crate) reference: &'a str,
+    /// The command.
+    pub(crate) command: &'a [&'a str],
+}
+
+/// The search path of every image.
+const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// A blob's place in the layout.
+struct Blob {
+    digest: String,
+    bytes: u64,
+}
+
+impl Blob {
+    fn of(mut contents: impl Read) -> io::Result<Self> {
+        let mut hash = Sha256::new();
+        let bytes = io::copy(&mut contents, &mut hash)?;
+        let digest = hash
+            .finalize()
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
+        Ok(Self { digest, bytes })
+    }
+
+    fn path(&self) -> String {
+        format!("blobs/sha256/{}", self.digest)
+    }
+
+    fn descriptor(&self, media_type: &str) -> Value {
+        json!({
+            "mediaType": format!("application/vnd.oci.image.{media_type}"),
+            "digest": format!("sha256:{}", self.digest),
+            "size": self.bytes,
+        })
+    }
+}
+
+/// Writes the image of one layer, a tar archive, to `archive`.
+pub(crate) fn write(archive: &Path, layer: &Path, config: Config<'_>) -> Result<()> {
+    let open = || File::open(layer).with_context(|| format!("open {}", layer.display()));
+    let layer_blob = Blob::of(open()?).with_context(|| format!("read {}", layer.display()))?;
+    let file = File::create(archive).with_context(|| format!("create {}", archive.display()))?;
+    let mut layout = tar::Builder::new(BufWriter::with_capacity(1 << 20, file));
+    write_layout(&mut layout, &layer_blob, open()?, config)
+        .and_then(|()| layout.into_inner()?.flush())
+        .with_context(|| format!("write {}", archive.display()))
+}
+
+fn write_layout(
+    layout: &mut tar::Builder<impl Write>,
+    layer: &Blob,
+    layer_contents: impl Read,
+    config: Config<'_>,
+) -> io::Result<()> {
+    let image = json!({
+        "created": "1970-01-01T00:00:00Z",
+        "architecture": "amd64",
+        "os": "linux",
+        "config": { "Env": [PATH], "Cmd": config.command, "WorkingDir": "/" },
+        "rootfs": { "type": "layers", "diff_ids": [format!("sha256:{}", layer.digest)] },
+    })
+    .to_string();
+    let image_blob = Blob::of(image.as_bytes())?;
+    let manifest = json!({
+        "schemaVersion": 2,
+        "mediaType": "application/vnd.oci.image.manifest.v1+json",
+        "config": image_blob.descriptor("config.v1+json"),
+        "layers": [layer.descriptor("layer.v1.tar")],
+    })
+    .to_string();
+    let manifest_blob = Blob::of(manifest.as_bytes())?;
+    let mut entry = manifest_blob.descriptor("manifest.v1+json");
+    let tag = config
+        .reference
+        .rsplit_once(':')
+        .map_or("latest", |(_, tag)| tag);
+    entry["annotations"] = json!({
+        "io.containerd.image.name": config.reference,
+        "org.opencontainers.image.ref.name": tag,
+    });
+    let index = json!({ "schemaVersion": 2, "manifests": [entry] }).to_string();
+    add(layout, "oci-layout", br#"{"imageLayoutVersion":"1.0.0"}"#)?;
+    add(layout, "index.json", index.as_bytes())?;
+    add(layout, &manifest_blob.path(), manifest.as_bytes())?;
+    add(layout, &image_blob.path(), image.as_bytes())?;
+    append(layout, &layer.path(), layer.bytes, layer_contents)
+}
+
+fn add(layout: &mut tar::Builder<impl Write>, path: &str, contents: &[u8]) -> io::Result<()> {
+    append(layout, path, contents.len() as u64, contents)
+}
+
+fn append(
+    layout: &mut tar::Builder<impl Write>,
+    path: &str,
+    bytes: u64,
+    contents: impl Read,
+) -> io::Result<()> {
+    let mut header = tar::Header::new_gnu();
+    header.set_size(bytes);
+    header.set_mode(0o644);
+    header.set_cksum();
+    layout.append_data(&mut header, path, contents)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    fn written() -> BTreeMap<String, Vec<u8>> {
+        let folder = tempfile::tempdir().unwrap();
+        let (layer, archive) = (folder.path().join("layer"), folder.path().join("archive"));
+        std::fs::write(&layer, "layer").unwrap();
+        let config = Config {
+            reference: "walnut.local/x:1",
+            command: &["sh"],
+        };
+        write(&archive, &layer, config).unwrap();
+        let mut files = BTreeMap::new();
+        for entry in tar::Archive::new(File::open(&archive).unwrap())
+            .entries()
+            .unwrap()
+        {
+            let mut entry = entry.unwrap();
+            let mut contents = Vec::new();
+            entry.read_to_end(&mut contents).unwrap();
+            files.insert(entry.path().unwrap().display().to_string(), contents);
+        }
+        files
+    }
+
+    #[test]
+    fn every_descriptor_leads_to_its_blob() {
+        let files = written();
+        let blob = |descriptor: &Value| {
+            let digest = descriptor["digest"]
+                .as_str()
+                .unwrap()
+                .replace("sha256:", "");
+            let contents = files[&format!("blobs/sha256/{digest}")].clone();
+            assert_eq!(Blob::of(contents.as_slice()).unwrap().digest, digest);
+            assert_eq!(descriptor["size"], contents.len());
+            contents
+        };
+        let index: Value = serde_json::from_slice(&files["index.json"]).unwrap();
+        let entry = &index["manifests"][0];
+        assert_eq!(
+            entry["annotations"]["io.containerd.image.name"],
+            "walnut.local/x:1"
+        );
+        let manifest: Value = serde_json::from_slice(&blob(entry)).unwrap();
+        let image: Value = serde_json::from_slice(&blob(&manifest["config"])).unwrap();
+        assert_eq!(
+            image["rootfs"]["diff_ids"][0],
+            manifest["layers"][0]["digest"]
+        );
+        assert_eq!(blob(&manifest["layers"][0]), b"layer");
+    }
+
+    #[test]
+    fn the_same_layer_gives_the_same_image() {
+        assert_eq!(written(), written());
+    }
+}

@@ -1,0 +1,58 @@
+//! Walnut's own programs: what cargo builds, and with which flags.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::Result;
+
+use crate::progress::Progress;
+use crate::project::Project;
+
+/// The target of static programs: named, so that build scripts and macros stay dynamic.
+const STATIC_TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// The host's programs; each is a package of the same name.
+pub(crate) const HOST_PROGRAMS: [&str; 2] = ["containerd-shim-walnut-v2", "walnut-vmm"];
+
+/// Makes a cargo command build a static program of the release profile.
+pub(crate) fn static_build(cargo: &mut Command, package: &str, target: &Path) {
+    cargo.env("RUSTFLAGS", "-C target-feature=+crt-static");
+    cargo.args([
+        "build",
+        "--release",
+        "--target",
+        STATIC_TARGET,
+        "-p",
+        package,
+        "--target-dir",
+    ]);
+    cargo.arg(target);
+}
+
+/// Where [`static_build`] puts the program.
+pub(crate) fn static_program(target: &Path, name: &str) -> PathBuf {
+    target.join(STATIC_TARGET).join("release").join(name)
+}
+
+/// Builds the shim, the VMM and the agent; returns the agent's path.
+pub(crate) fn build(project: &Project, progress: Progress) -> Result<PathBuf> {
+    progress.step("build", "shim and VMM", || {
+        let mut cargo = Command::new("cargo");
+        cargo
+            .current_dir(&project.root)
+            .args(["build", "--release", "--target-dir"]);
+        cargo.arg(&project.target);
+        for package in HOST_PROGRAMS {
+            cargo.args(["-p", package]);
+        }
+        progress.run("build", &mut cargo, &project.logs().join("build.log"))
+    })?;
+    progress.step("build", "agent (static)", || {
+        let target = project.target.join("guest");
+        let mut cargo = Command::new("cargo");
+        cargo.current_dir(&project.root);
+        static_build(&mut cargo, "walnut-agent", &target);
+        progress.run("build", &mut cargo, &project.logs().join("build-agent.log"))?;
+        Ok(static_program(&target, "walnut-agent"))
+    })
+}
