@@ -5,9 +5,10 @@
 //! opens by name with `O_NOFOLLOW`, and opens regular files and directories only: a device node, FIFO or
 //! socket is shown and never opened (its meaning is the guest kernel's).
 //!
-//! Limits: no extended attributes (the crate reaches them by a path below `/proc`, which the jail does
-//! not have), no POSIX ACLs with them, no locks across the share's guests, no notice of changes on the
-//! host before [`FRESHNESS`] is over.
+//! Limits: no extended attributes, and so no POSIX ACLs (the crate reaches them by a path below `/proc`,
+//! which the jail does not have); no locks that the host or another guest would see; changes on the host
+//! are seen after [`FRESHNESS`]. Inode numbers do not fit 32 bits, so 32-bit programs need large-file
+//! support. The crate keeps some 50 bytes for each file that the guest ever looked up.
 
 use fuse_backend_rs::{
     abi::fuse_abi::FsOptions,
