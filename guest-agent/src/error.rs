@@ -2,7 +2,7 @@
 //!
 //! containerd turns a code into its own error of that name, by which clients decide. Must not log.
 
-use crate::{container::SpecError, guest::GuestError, stdio::StdioError, task::TaskError};
+use crate::{container::refuse::SpecError, guest::GuestError, stdio::StdioError, task::TaskError};
 use std::error::Error;
 use ttrpc::{Code, get_status};
 
