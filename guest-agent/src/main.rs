@@ -1,3 +1,7 @@
-//! PID 1 of the guest.
+//! PID 1 of the guest, and, when it is run as `walnut-init`, the first steps of a container's process.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    walnut_agent::run()
+}

@@ -23,7 +23,13 @@ mod stream;
 pub use stream::{STREAM_ACCEPTED, StreamId, StreamIdError};
 
 /// Generated from `proto/guest.proto`: messages, client and server of the `Guest` service.
-#[allow(missing_docs, clippy::all, reason = "generated code")]
+#[allow(
+    missing_docs,
+    clippy::all,
+    clippy::cast_possible_truncation,
+    clippy::unwrap_used,
+    reason = "generated code"
+)]
 mod generated {
     include!(concat!(env!("OUT_DIR"), "/mod.rs"));
 }
@@ -35,6 +41,9 @@ pub use generated::{guest, guest_ttrpc};
 pub const AGENT_PORT: u32 = 1024;
 /// vsock port where the agent accepts stdio streams.
 pub const STDIO_PORT: u32 = 1025;
+/// vsock port of the host to which the agent makes one connection, to be refused, once it listens on both
+/// of its ports. The VMM tells the shim (`READY_PORT` of its own contract).
+pub const READY_PORT: u32 = 1023;
 /// Where the guest mounts the shared file system.
 pub const SHARE_MOUNT_POINT: &str = "/run/walnut/share";
 /// Connected streams that no process has claimed yet, at the most.

@@ -1,0 +1,216 @@
+//! Who a process is: user, groups, capabilities, limits.
+//!
+//! capabilities(7), "Effect of user ID changes on capabilities", sets the order: the bounding set falls
+//! while CAP_SETPCAP is there, the user changes with the capabilities kept, then each set is as named.
+
+use super::{
+    SetupError,
+    spec::{Capabilities, Process, Rlimit},
+};
+use rustix::{
+    fs::{Gid, Mode, Uid, fchown, fstat, makedev},
+    io::Errno,
+    process::{Resource, Rlimit as Limit, setrlimit},
+    stdio,
+    thread::{
+        CapabilitySet, CapabilitySets, clear_ambient_capability_set,
+        configure_capability_in_ambient_set, remove_capability_from_bounding_set, set_capabilities,
+        set_keep_capabilities, set_thread_groups, set_thread_res_gid, set_thread_res_uid,
+    },
+};
+use std::io::Write;
+
+/// Everything that takes privilege away, in the order that needs it.
+pub(super) fn assume(process: &Process) -> Result<(), SetupError> {
+    let sets = Sets::from(&process.capabilities);
+    drop_bounding(sets.bounding)?;
+    give_stdio(process)?;
+    set_user(process)?;
+    set_capabilities(
+        None,
+        CapabilitySets {
+            effective: sets.effective,
+            permitted: sets.permitted,
+            inheritable: sets.inheritable,
+        },
+    )
+    .map_err(SetupError::named("cannot set process.capabilities"))?;
+    set_ambient(sets.ambient)
+}
+
+/// Sets `process.rlimits`; earlier than [`assume`], as raising one needs privilege.
+pub(super) fn set_limits(limits: &[Rlimit]) -> Result<(), SetupError> {
+    for limit in limits {
+        let Some(resource) = resource(&limit.kind) else {
+            return Err(SetupError::Request(format!(
+                "process.rlimits: {:?} is not a limit",
+                limit.kind
+            )));
+        };
+        // The largest number is the kernel's own word for "none".
+        let value = |number: u64| (number != u64::MAX).then_some(number);
+        setrlimit(
+            resource,
+            Limit {
+                current: value(limit.soft),
+                maximum: value(limit.hard),
+            },
+        )
+        .map_err(SetupError::named(format!("cannot set {}", limit.kind)))?;
+    }
+    Ok(())
+}
+
+struct Sets {
+    bounding: CapabilitySet,
+    effective: CapabilitySet,
+    inheritable: CapabilitySet,
+    permitted: CapabilitySet,
+    ambient: CapabilitySet,
+}
+
+impl From<&Capabilities> for Sets {
+    fn from(names: &Capabilities) -> Self {
+        Self {
+            bounding: set_of(&names.bounding),
+            effective: set_of(&names.effective),
+            inheritable: set_of(&names.inheritable),
+            permitted: set_of(&names.permitted),
+            ambient: set_of(&names.ambient),
+        }
+    }
+}
+
+/// OCI runtime specification, `config.md`, "capabilities": a name that maps to nothing is not granted and
+/// not an error.
+fn set_of(names: &[String]) -> CapabilitySet {
+    names
+        .iter()
+        .filter_map(|name| CapabilitySet::from_name(name.strip_prefix("CAP_")?))
+        .collect()
+}
+
+fn each() -> impl Iterator<Item = CapabilitySet> {
+    (0..u64::BITS).map(|bit| CapabilitySet::from_bits_retain(1 << bit))
+}
+
+fn drop_bounding(keep: CapabilitySet) -> Result<(), SetupError> {
+    for capability in each().filter(|capability| !keep.contains(*capability)) {
+        match remove_capability_from_bounding_set(capability) {
+            Ok(()) => {}
+            // Past the last one that this kernel knows.
+            Err(Errno::INVAL) => break,
+            Err(error) => {
+                return Err(SetupError::step("cannot reduce the bounding set")(error));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn set_ambient(set: CapabilitySet) -> Result<(), SetupError> {
+    let attempted = || SetupError::named("cannot set process.capabilities.ambient");
+    clear_ambient_capability_set().map_err(attempted())?;
+    for capability in each().filter(|capability| set.contains(*capability)) {
+        configure_capability_in_ambient_set(capability, true).map_err(attempted())?;
+    }
+    Ok(())
+}
+
+/// A process that is not root must be able to open its own pipes again, as `/dev/stdout`.
+fn give_stdio(process: &Process) -> Result<(), SetupError> {
+    let null = makedev(1, 3);
+    for stream in [stdio::stdin(), stdio::stdout(), stdio::stderr()] {
+        let stat = fstat(stream).map_err(SetupError::step("cannot look at a standard stream"))?;
+        if stat.st_rdev != null && stat.st_uid != process.user.uid {
+            fchown(stream, Some(Uid::from_raw(process.user.uid)), None).map_err(
+                SetupError::step("cannot give a standard stream to the user"),
+            )?;
+        }
+    }
+    Ok(())
+}
+
+fn set_user(process: &Process) -> Result<(), SetupError> {
+    let user = &process.user;
+    let attempted = || {
+        SetupError::named(format!(
+            "cannot become user {} of group {}",
+            user.uid, user.gid
+        ))
+    };
+    let groups: Vec<_> = user
+        .additional_gids
+        .iter()
+        .copied()
+        .map(Gid::from_raw)
+        .collect();
+    let (uid, gid) = (Uid::from_raw(user.uid), Gid::from_raw(user.gid));
+    // The largest number means "no change" to the kernel.
+    if uid == Uid::from_raw(u32::MAX) || gid == Gid::from_raw(u32::MAX) {
+        return Err(attempted()(Errno::INVAL));
+    }
+    set_keep_capabilities(true).map_err(attempted())?;
+    set_thread_groups(&groups).map_err(attempted())?;
+    set_thread_res_gid(gid, gid, gid).map_err(attempted())?;
+    set_thread_res_uid(uid, uid, uid).map_err(attempted())?;
+    set_keep_capabilities(false).map_err(attempted())?;
+    if let Some(umask) = user.umask {
+        rustix::process::umask(Mode::from_raw_mode(umask & 0o777));
+    }
+    Ok(())
+}
+
+/// Sets how the kernel picks this process when memory runs out; without a wish, as any process.
+pub(super) fn set_oom_score(adjustment: Option<i32>) -> Result<(), SetupError> {
+    let text = adjustment.unwrap_or(0).to_string();
+    std::fs::OpenOptions::new()
+        .write(true)
+        .open("/proc/self/oom_score_adj")
+        .and_then(|mut file| file.write_all(text.as_bytes()))
+        .map_err(SetupError::named(format!(
+            "cannot set process.oomScoreAdj to {text}"
+        )))
+}
+
+fn resource(name: &str) -> Option<Resource> {
+    Some(match name {
+        "RLIMIT_CPU" => Resource::Cpu,
+        "RLIMIT_FSIZE" => Resource::Fsize,
+        "RLIMIT_DATA" => Resource::Data,
+        "RLIMIT_STACK" => Resource::Stack,
+        "RLIMIT_CORE" => Resource::Core,
+        "RLIMIT_RSS" => Resource::Rss,
+        "RLIMIT_NPROC" => Resource::Nproc,
+        "RLIMIT_NOFILE" => Resource::Nofile,
+        "RLIMIT_MEMLOCK" => Resource::Memlock,
+        "RLIMIT_AS" => Resource::As,
+        "RLIMIT_LOCKS" => Resource::Locks,
+        "RLIMIT_SIGPENDING" => Resource::Sigpending,
+        "RLIMIT_MSGQUEUE" => Resource::Msgqueue,
+        "RLIMIT_NICE" => Resource::Nice,
+        "RLIMIT_RTPRIO" => Resource::Rtprio,
+        "RLIMIT_RTTIME" => Resource::Rttime,
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn capabilities_are_known_by_their_names() {
+        let names = [
+            "CAP_CHOWN",
+            "CAP_CHECKPOINT_RESTORE",
+            "CAP_OF_THE_FUTURE",
+            "chown",
+        ];
+        let set = set_of(&names.map(str::to_owned));
+        assert_eq!(
+            set,
+            CapabilitySet::CHOWN | CapabilitySet::CHECKPOINT_RESTORE
+        );
+    }
+}

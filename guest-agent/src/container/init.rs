@@ -1,0 +1,202 @@
+//! `walnut-init`: the order of steps from a job to a running program.
+//!
+//! It is the agent's own program, executed again: one thread, so it may fork. Its standard input is the
+//! socket of `wire`. The first stage joins namespaces and forks; the second is the container's process, a
+//! child of the agent (`CLONE_PARENT`), in its cgroup from birth. Must not hold any step itself.
+
+use super::{
+    OsError, SetupError, identity,
+    program::{self, Program},
+    rootfs,
+    spec::{NamespaceKind, Process, Spec},
+    terminal,
+    wire::{self, Blame, Failure, GO, Job, JobFds, Report},
+};
+use crate::syscall::{self, Side};
+use nix::sched::{CloneFlags, setns, unshare};
+use rustix::io::Errno;
+use std::{
+    error::Error,
+    os::fd::{AsFd, OwnedFd},
+    process::ExitCode,
+};
+
+/// Exit status of a process that never became its program.
+const FAILED: u8 = 127;
+
+/// Runs the job that waits on standard input.
+pub(crate) fn run() -> ExitCode {
+    // Standard input becomes the program's; the socket must not.
+    let socket = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3);
+    let Ok(socket) = socket else {
+        return ExitCode::from(FAILED);
+    };
+    let result = wire::receive_job(&socket)
+        .map_err(SetupError::step("cannot receive a job"))
+        .and_then(|(job, fds)| first_stage(&socket, &job, fds));
+    let Err(error) = result else {
+        return ExitCode::SUCCESS;
+    };
+    // If the agent is gone, nobody is left to be told.
+    let _ = wire::send_report(&socket, &Report::Failed(describe(&error)), None);
+    ExitCode::from(FAILED)
+}
+
+/// An error and its causes in one line, as `unable to start container process: …`.
+fn describe(error: &SetupError) -> Failure {
+    let blame = match error {
+        SetupError::System { .. } => Blame::Guest,
+        SetupError::Request(_) | SetupError::Refused { .. } => Blame::Request,
+    };
+    let mut message = format!("unable to start container process: {error}");
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        message.push_str(&format!(": {error}"));
+        cause = error.source();
+    }
+    wire::failure(blame, &message)
+}
+
+fn first_stage(socket: &OwnedFd, job: &Job, fds: JobFds) -> Result<(), SetupError> {
+    // Processes of the container must not look into this one while it still is the agent's program.
+    nix::sys::prctl::set_dumpable(false).map_err(SetupError::step("cannot become undumpable"))?;
+    identity::set_oom_score(job.process().oom_score_adj)?;
+    let flags = match (job, &fds.container) {
+        (Job::Create(spec), _) => new_namespaces(spec)?,
+        (Job::Exec(_), Some(container)) => join_container(container)?,
+        (Job::Exec(_), None) => {
+            return Err(SetupError::Request("an exec without a container".into()));
+        }
+    };
+    let flags = u64::from((flags | CloneFlags::CLONE_PARENT).bits().unsigned_abs());
+    let side = syscall::fork_into(flags, Some(fds.cgroup.as_fd())).map_err(SetupError::step(
+        "cannot start a process in the container's cgroup",
+    ))?;
+    match side {
+        Side::Parent(pid) => wire::send_report(socket, &Report::Process(pid), None)
+            .map_err(SetupError::step("cannot report the process")),
+        Side::Child => second_stage(socket, job, fds),
+    }
+}
+
+/// Joins the namespaces that have a path, and answers the ones to make.
+fn new_namespaces(spec: &Spec) -> Result<CloneFlags, SetupError> {
+    let mut flags = CloneFlags::empty();
+    for namespace in &spec.linux.namespaces {
+        let flag = match namespace.kind {
+            NamespaceKind::Pid => CloneFlags::CLONE_NEWPID,
+            NamespaceKind::Ipc => CloneFlags::CLONE_NEWIPC,
+            NamespaceKind::Uts => CloneFlags::CLONE_NEWUTS,
+            NamespaceKind::Mount => CloneFlags::CLONE_NEWNS,
+            // Made later: its root is the cgroup of the process that makes it.
+            NamespaceKind::Cgroup => continue,
+        };
+        if namespace.path.as_os_str().is_empty() {
+            flags |= flag;
+            continue;
+        }
+        let attempted = format!("cannot join namespace {}", namespace.path.display());
+        std::fs::File::open(&namespace.path)
+            .map_err(OsError::from)
+            .and_then(|file| setns(file, flag).map_err(OsError::from))
+            .map_err(SetupError::named(attempted))?;
+    }
+    Ok(flags)
+}
+
+/// Joins every namespace of a container, by its first process.
+fn join_container(container: &OwnedFd) -> Result<CloneFlags, SetupError> {
+    let all = CloneFlags::CLONE_NEWPID
+        | CloneFlags::CLONE_NEWIPC
+        | CloneFlags::CLONE_NEWUTS
+        | CloneFlags::CLONE_NEWNS
+        | CloneFlags::CLONE_NEWCGROUP;
+    setns(container, all).map_err(SetupError::step("cannot join the container's namespaces"))?;
+    Ok(CloneFlags::empty())
+}
+
+/// The container's process: everything up to its program. Never returns to the first stage's caller
+/// but to exit.
+fn second_stage(socket: &OwnedFd, job: &Job, fds: JobFds) -> Result<(), SetupError> {
+    rustix::process::setsid().map_err(SetupError::step("cannot start a session"))?;
+    if let Job::Create(spec) = job {
+        enter_container(spec, &fds)?;
+    }
+    let process = job.process();
+    let terminal = connect_stdio(job, process, fds)?;
+    let program = become_user(process)?;
+    wire::send_report(socket, &Report::Ready, terminal.as_ref().map(AsFd::as_fd))
+        .map_err(SetupError::step("cannot report that all is ready"))?;
+    drop(terminal);
+    wait_for_go(socket);
+    Err(program.execute())
+}
+
+fn enter_container(spec: &Spec, fds: &JobFds) -> Result<(), SetupError> {
+    let has = |kind| {
+        spec.linux
+            .namespaces
+            .iter()
+            .any(|namespace| namespace.kind == kind)
+    };
+    if has(NamespaceKind::Cgroup) {
+        unshare(CloneFlags::CLONE_NEWCGROUP)
+            .map_err(SetupError::step("cannot make a cgroup namespace"))?;
+    }
+    if !spec.hostname.is_empty() {
+        rustix::system::sethostname(spec.hostname.as_bytes()).map_err(SetupError::named(
+            format!("cannot set hostname {:?}", spec.hostname),
+        ))?;
+    }
+    if !spec.domainname.is_empty() {
+        rustix::system::setdomainname(spec.domainname.as_bytes()).map_err(SetupError::named(
+            format!("cannot set domainname {:?}", spec.domainname),
+        ))?;
+    }
+    rootfs::enter(spec, fds.cgroup.as_fd())
+}
+
+/// Puts the standard streams in place; answers the master side of a terminal.
+fn connect_stdio(job: &Job, process: &Process, fds: JobFds) -> Result<Option<OwnedFd>, SetupError> {
+    let Some([stdin, stdout, stderr]) = fds.stdio else {
+        let console = matches!(job, Job::Create(_));
+        return terminal::open_terminal(process.console_size, console).map(Some);
+    };
+    let attempted = || SetupError::step("cannot connect a standard stream");
+    rustix::stdio::dup2_stdin(&stdin).map_err(attempted())?;
+    rustix::stdio::dup2_stdout(&stdout).map_err(attempted())?;
+    rustix::stdio::dup2_stderr(&stderr).map_err(attempted())?;
+    Ok(None)
+}
+
+/// Becomes who the process is to be, where it is to be, and finds its program there.
+fn become_user(process: &Process) -> Result<Program, SetupError> {
+    let go = || rustix::process::chdir(&process.cwd);
+    // The directory may be open to the user alone, or to root alone.
+    let before = go();
+    identity::set_limits(&process.rlimits)?;
+    identity::assume(process)?;
+    before
+        .or_else(|_: Errno| go())
+        .map_err(SetupError::named(format!(
+            "chdir to cwd ({:?}) set in config.json failed",
+            process.cwd
+        )))?;
+    if process.no_new_privileges {
+        rustix::thread::set_no_new_privs(true)
+            .map_err(SetupError::step("cannot set process.noNewPrivileges"))?;
+    }
+    syscall::restore_sigpipe().map_err(SetupError::step("cannot restore SIGPIPE"))?;
+    syscall::close_on_exec_above_stdio().map_err(SetupError::step(
+        "cannot mark file descriptors to be closed",
+    ))?;
+    program::find(process)
+}
+
+/// Waits until the container is started. Without the agent it never will be.
+fn wait_for_go(socket: &OwnedFd) {
+    match wire::receive(socket) {
+        Ok((packet, _)) if packet == GO => {}
+        _ => std::process::exit(FAILED.into()),
+    }
+}

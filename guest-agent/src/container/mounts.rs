@@ -1,0 +1,203 @@
+//! Mounts one entry of `mounts` into a root file system that is not entered yet.
+//!
+//! Each mount is made detached, gets its attributes and propagation, and is attached to a place that
+//! `resolve` has opened: nothing is visible half done, and no path is followed twice. Must not know order.
+
+use super::{
+    SetupError,
+    mount_options::{Attributes, Bind, MountOptions, UnsupportedOption, parse},
+    resolve::{Make, Place, open_or_make},
+    spec::Mount,
+};
+use crate::syscall;
+use rustix::{
+    fs::CWD,
+    mount::{
+        FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, fsconfig_create,
+        fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount, open_tree,
+    },
+};
+use std::{
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::Path,
+};
+
+/// A file system of the kernel's own that a container may mount.
+const FILE_SYSTEMS: &[&str] = &["proc", "sysfs", "tmpfs", "devpts", "mqueue"];
+const READ_ONLY: u64 = MountAttrFlags::MOUNT_ATTR_RDONLY.bits() as u64;
+
+/// What mounting needs beside the entry itself.
+pub(super) struct MountContext<'a> {
+    /// The root file system.
+    pub(super) root: BorrowedFd<'a>,
+    /// The container's cgroup directory.
+    pub(super) cgroup: BorrowedFd<'a>,
+    /// Whether the container has a cgroup namespace, in which its own cgroup is the root.
+    pub(super) cgroup_namespace: bool,
+}
+
+/// A mount that becomes read-only once its contents are in place.
+pub(super) struct Deferred(OwnedFd);
+
+impl Deferred {
+    /// Makes it read-only.
+    pub(super) fn finish(&self) -> Result<(), SetupError> {
+        syscall::mount_setattr(self.0.as_fd(), false, READ_ONLY, 0, 0)
+            .map_err(SetupError::step("cannot make a tmpfs read-only"))
+    }
+}
+
+/// Mounts `mount`, the entry at `index`. A read-only tmpfs is answered, so that the caller can still fill it.
+pub(super) fn mount_entry(
+    context: &MountContext<'_>,
+    index: usize,
+    mount: &Mount,
+) -> Result<Option<Deferred>, SetupError> {
+    let mut options = parse(&mount.kind, &mount.options).map_err(|UnsupportedOption(option)| {
+        SetupError::Request(format!(
+            "mounts[{index}].options: {option:?} is not supported yet"
+        ))
+    })?;
+    let attempted = format!(
+        "error mounting {:?} to rootfs at {:?}",
+        mount.source, mount.destination
+    );
+    let detached = detach(context, index, mount, &options, &attempted)?;
+    let defer = mount.kind == "tmpfs" && options.attributes.set & READ_ONLY != 0;
+    if defer {
+        options.attributes.set &= !READ_ONLY;
+    }
+    set_attributes(&detached, &options).map_err(SetupError::named(attempted.clone()))?;
+    let place = target(context, mount, &detached)?;
+    attach(&detached, &place.fd).map_err(SetupError::named(attempted))?;
+    Ok(defer.then_some(Deferred(detached)))
+}
+
+/// Attaches a detached mount on a place.
+pub(super) fn attach(mount: &OwnedFd, place: &OwnedFd) -> rustix::io::Result<()> {
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+    move_mount(mount, "", place, "", flags)
+}
+
+/// A detached copy of the mount at `place`, with what is mounted below it if `tree`.
+pub(super) fn clone_of(place: &impl AsFd, tree: bool) -> rustix::io::Result<OwnedFd> {
+    open_tree(place, "", OpenTreeFlags::AT_EMPTY_PATH | clone_flags(tree))
+}
+
+fn clone_flags(tree: bool) -> OpenTreeFlags {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    if tree {
+        flags | OpenTreeFlags::AT_RECURSIVE
+    } else {
+        flags
+    }
+}
+
+/// A new file system, detached.
+pub(super) fn new_file_system(
+    kind: &str,
+    source: &Path,
+    data: &[(String, Option<String>)],
+) -> rustix::io::Result<OwnedFd> {
+    let context = fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC)?;
+    if !source.as_os_str().is_empty() {
+        fsconfig_set_string(&context, "source", source)?;
+    }
+    for (key, value) in data {
+        match value {
+            Some(value) => fsconfig_set_string(&context, key.as_str(), value.as_str())?,
+            None => fsconfig_set_flag(&context, key.as_str())?,
+        }
+    }
+    fsconfig_create(&context)?;
+    fsmount(
+        &context,
+        FsMountFlags::FSMOUNT_CLOEXEC,
+        MountAttrFlags::empty(),
+    )
+}
+
+fn detach(
+    context: &MountContext<'_>,
+    index: usize,
+    mount: &Mount,
+    options: &MountOptions,
+    attempted: &str,
+) -> Result<OwnedFd, SetupError> {
+    let detached = match options.bind {
+        Bind::One | Bind::Tree => {
+            open_tree(CWD, &mount.source, clone_flags(options.bind == Bind::Tree))
+        }
+        Bind::No if mount.kind == "cgroup" || mount.kind == "cgroup2" => {
+            if context.cgroup_namespace {
+                new_file_system("cgroup2", Path::new("cgroup"), &[])
+            } else {
+                clone_of(&context.cgroup, false)
+            }
+        }
+        Bind::No if FILE_SYSTEMS.contains(&mount.kind.as_str()) => {
+            let data: Vec<_> = options
+                .data
+                .iter()
+                // devpts has known nothing else since Linux 4.7.
+                .filter(|(key, _)| !(mount.kind == "devpts" && key == "newinstance"))
+                .cloned()
+                .collect();
+            new_file_system(&mount.kind, &mount.source, &data)
+        }
+        Bind::No => {
+            return Err(SetupError::Request(format!(
+                "mounts[{index}].type {:?} is not supported yet",
+                mount.kind
+            )));
+        }
+    };
+    detached.map_err(SetupError::named(attempted))
+}
+
+fn set_attributes(mount: &OwnedFd, options: &MountOptions) -> std::io::Result<()> {
+    let mount = mount.as_fd();
+    let set = |tree, Attributes { set, clear }| syscall::mount_setattr(mount, tree, set, clear, 0);
+    if !options.tree_attributes.is_empty() {
+        set(true, options.tree_attributes)?;
+    }
+    if !options.attributes.is_empty() {
+        set(false, options.attributes)?;
+    }
+    // A bind mount is born with its source's propagation, which is the guest's business.
+    if options.bind != Bind::No && options.propagation.is_empty() {
+        syscall::mount_setattr(mount, true, 0, 0, libc::MS_PRIVATE)?;
+    }
+    for (kind, tree) in &options.propagation {
+        syscall::mount_setattr(mount, *tree, 0, 0, *kind)?;
+    }
+    Ok(())
+}
+
+/// Opens the place for a mount, made like the mount's own root: a directory, or a file.
+fn target(
+    context: &MountContext<'_>,
+    mount: &Mount,
+    detached: &OwnedFd,
+) -> Result<Place, SetupError> {
+    let stat = rustix::fs::fstat(detached).map_err(SetupError::step(format!(
+        "cannot look at the source of mount {:?}",
+        mount.destination
+    )))?;
+    let make = match rustix::fs::FileType::from_raw_mode(stat.st_mode) {
+        rustix::fs::FileType::Directory => Make::Directory,
+        _ => Make::File,
+    };
+    let place = open_or_make(context.root, &mount.destination, make)?;
+    let elsewhere = place.path != mount.destination;
+    // An image could otherwise move what maskedPaths and readonlyPaths protect to another place.
+    if matches!(mount.kind.as_str(), "proc" | "sysfs") && elsewhere {
+        return Err(SetupError::Request(format!(
+            "filesystem {:?} must be mounted on ordinary directory: {} leads to {}",
+            mount.kind,
+            mount.destination.display(),
+            place.path.display()
+        )));
+    }
+    Ok(place)
+}

@@ -1,0 +1,254 @@
+//! Checks of a configuration that need nothing but the configuration.
+//!
+//! OCI runtime specification, `config.md` and `config-linux.md`: what MUST be an error. Must not do I/O.
+
+use super::{
+    mount_options::root_propagation,
+    refuse::SpecError,
+    spec::{NamespaceKind, Process, Spec},
+};
+use std::{collections::BTreeSet, path::Path};
+
+/// sysctl(2) names that the container's own IPC namespace holds.
+const IPC_SYSCTLS: &[&str] = &[
+    "kernel.msgmax",
+    "kernel.msgmnb",
+    "kernel.msgmni",
+    "kernel.sem",
+    "kernel.shmall",
+    "kernel.shmmax",
+    "kernel.shmmni",
+    "kernel.shm_rmid_forced",
+];
+
+/// Checks the whole configuration of a new container.
+pub(crate) fn validate(spec: &Spec) -> Result<(), SpecError> {
+    absolute("root.path", &spec.root.path)?;
+    validate_process(&spec.process)?;
+    for mount in &spec.mounts {
+        absolute("mounts[].destination", &mount.destination)?;
+    }
+    for device in &spec.linux.devices {
+        absolute("linux.devices[].path", &device.path)?;
+    }
+    let propagation = &spec.linux.rootfs_propagation;
+    if root_propagation(propagation).is_none() {
+        return Err(invalid(
+            "linux.rootfsPropagation",
+            propagation,
+            "is not a propagation",
+        ));
+    }
+    validate_namespaces(spec)?;
+    for name in spec.linux.sysctl.keys() {
+        validate_sysctl(spec, name)?;
+    }
+    Ok(())
+}
+
+/// Checks a process, whether a container's first or a later one.
+pub(crate) fn validate_process(process: &Process) -> Result<(), SpecError> {
+    absolute("process.cwd", &process.cwd)?;
+    if process.args.first().is_none_or(String::is_empty) {
+        return Err(invalid("process.args", "", "names no program"));
+    }
+    for (field, texts) in [
+        ("process.args", &process.args),
+        ("process.env", &process.env),
+    ] {
+        if let Some(text) = texts.iter().find(|text| text.contains('\0')) {
+            return Err(invalid(field, text, "contains a zero byte"));
+        }
+    }
+    if let Some(entry) = process
+        .env
+        .iter()
+        .find(|entry| entry.find('=').is_none_or(|at| at == 0))
+    {
+        return Err(invalid("process.env", entry, "is not NAME=VALUE"));
+    }
+    let mut seen = BTreeSet::new();
+    for limit in &process.rlimits {
+        if !seen.insert(&limit.kind) {
+            return Err(invalid("process.rlimits", &limit.kind, "is there twice"));
+        }
+        if limit.soft > limit.hard {
+            return Err(invalid(
+                "process.rlimits",
+                &limit.kind,
+                "has a soft limit above its hard limit",
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn validate_namespaces(spec: &Spec) -> Result<(), SpecError> {
+    let mut seen = Vec::new();
+    for namespace in &spec.linux.namespaces {
+        let field = "linux.namespaces";
+        if seen.contains(&namespace.kind) {
+            return Err(invalid(field, &name(namespace.kind), "is there twice"));
+        }
+        seen.push(namespace.kind);
+        if !namespace.path.as_os_str().is_empty() {
+            absolute("linux.namespaces[].path", &namespace.path)?;
+            if matches!(namespace.kind, NamespaceKind::Mount | NamespaceKind::Cgroup) {
+                let named = format!("linux.namespaces[{}].path", name(namespace.kind));
+                return Err(SpecError::Unsupported(named));
+            }
+        }
+    }
+    // Without them a container would share the agent's own.
+    for needed in [NamespaceKind::Mount, NamespaceKind::Pid] {
+        if !seen.contains(&needed) {
+            return Err(SpecError::Unsupported(format!(
+                "linux.namespaces without {}",
+                name(needed)
+            )));
+        }
+    }
+    let names = !spec.hostname.is_empty() || !spec.domainname.is_empty();
+    if names && !seen.contains(&NamespaceKind::Uts) {
+        return Err(invalid(
+            "hostname",
+            &spec.hostname,
+            "needs linux.namespaces[uts]",
+        ));
+    }
+    Ok(())
+}
+
+fn validate_sysctl(spec: &Spec, name: &str) -> Result<(), SpecError> {
+    let field = "linux.sysctl";
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-/".contains(&byte);
+    let parts_are_names = name.split(['.', '/']).all(|part| !part.is_empty());
+    if !name.bytes().all(plain) || !parts_are_names {
+        return Err(invalid(field, name, "is not the name of a sysctl"));
+    }
+    let has = |kind| {
+        spec.linux
+            .namespaces
+            .iter()
+            .any(|namespace| namespace.kind == kind)
+    };
+    let dotted = name.replace('/', ".");
+    let own = match dotted.as_str() {
+        // The network namespace is the Pod's, which is the guest's.
+        name if name.starts_with("net.") => true,
+        name if name.starts_with("fs.mqueue.") || IPC_SYSCTLS.contains(&name) => {
+            has(NamespaceKind::Ipc)
+        }
+        "kernel.domainname" | "kernel.hostname" => has(NamespaceKind::Uts),
+        _ => false,
+    };
+    if own {
+        return Ok(());
+    }
+    Err(invalid(
+        field,
+        name,
+        "is not in a namespace of the container",
+    ))
+}
+
+fn absolute(field: &str, path: &Path) -> Result<(), SpecError> {
+    if path.is_absolute() && !path.as_os_str().as_encoded_bytes().contains(&0) {
+        return Ok(());
+    }
+    Err(invalid(
+        field,
+        &path.to_string_lossy(),
+        "is not an absolute path",
+    ))
+}
+
+fn invalid(field: &str, value: &str, problem: &'static str) -> SpecError {
+    SpecError::Invalid {
+        field: field.to_owned(),
+        value: value.to_owned(),
+        problem,
+    }
+}
+
+fn name(kind: NamespaceKind) -> String {
+    format!("{kind:?}").to_lowercase()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::container::{refuse::parse_spec, spec::Namespace};
+
+    fn valid() -> Spec {
+        parse_spec(include_bytes!("testdata/ctr-run.json")).unwrap()
+    }
+
+    fn problem(change: impl FnOnce(&mut Spec)) -> String {
+        let mut spec = valid();
+        change(&mut spec);
+        validate(&spec).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn containerds_default_is_valid() {
+        validate(&valid()).unwrap();
+    }
+
+    #[test]
+    fn a_container_never_shares_the_agents_namespaces() {
+        let without = |kind| {
+            problem(|spec| {
+                spec.linux
+                    .namespaces
+                    .retain(|namespace| namespace.kind != kind)
+            })
+        };
+        assert_eq!(
+            without(NamespaceKind::Pid),
+            "linux.namespaces without pid is not supported yet"
+        );
+        assert_eq!(
+            without(NamespaceKind::Mount),
+            "linux.namespaces without mount is not supported yet"
+        );
+    }
+
+    #[test]
+    fn problems_are_named() {
+        let twice = Namespace {
+            kind: NamespaceKind::Ipc,
+            path: "".into(),
+        };
+        assert!(
+            problem(|spec| spec.linux.namespaces.push(twice)).contains("\"ipc\" is there twice")
+        );
+        assert!(problem(|spec| spec.process.args.clear()).contains("process.args"));
+        assert!(problem(|spec| spec.process.cwd = "tmp".into()).contains("process.cwd"));
+        assert!(problem(|spec| spec.process.env.push("A\0=b".into())).contains("zero byte"));
+        assert!(problem(|spec| spec.process.env.push("=b".into())).contains("NAME=VALUE"));
+        assert!(problem(|spec| spec.process.rlimits[0].soft = 2048).contains("soft limit"));
+    }
+
+    #[test]
+    fn only_sysctls_of_the_containers_own_pass() {
+        let with = |name: &str| {
+            let mut spec = valid();
+            spec.linux.sysctl.insert(name.into(), "1".into());
+            validate(&spec).is_ok()
+        };
+        assert!(with("net.ipv4.ip_forward"));
+        assert!(with("kernel.shmmax"));
+        assert!(with("kernel/sem"));
+        for other in [
+            "kernel.panic",
+            "vm.swappiness",
+            "net..x",
+            "net/../kernel/panic",
+            "../x",
+            "",
+        ] {
+            assert!(!with(other), "{other}");
+        }
+    }
+}

@@ -1,0 +1,383 @@
+//! Tasks in containerd's sense: containers and the processes in them, by their ids.
+//!
+//! containerd's `api/runtime/task/v3/shim.proto` and what its runc shim answers set the meaning. Must not
+//! know ttrpc: `service` decodes and encodes.
+
+mod container;
+mod process;
+
+pub(crate) use container::Container;
+pub(crate) use process::{Process, Status, StdioNames};
+
+use crate::{
+    cgroup::{
+        CgroupError, Hierarchy,
+        devices::{self, DeviceRuleError},
+        resources::{self, ResourceError},
+    },
+    container::{
+        launch::LaunchError,
+        refuse::{SpecError, parse_process, parse_resources, parse_spec},
+        validate, validate_process,
+        wire::Job,
+    },
+    reaper::{Exit, Reaper},
+    stdio::{StdioError, Streams},
+};
+use std::{
+    collections::HashMap,
+    io,
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+/// Longest id of a container or process.
+const MAX_ID_BYTES: usize = 128;
+/// Signals are 1 to this.
+const MAX_SIGNAL: u32 = 64;
+
+/// Why a request about a container or process is refused.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum TaskError {
+    /// An id that could not be a directory's name.
+    #[error(
+        "{what} id {id:?} must be letters, digits, dots, dashes and underscores, at most {MAX_ID_BYTES}"
+    )]
+    Id {
+        /// Whose.
+        what: &'static str,
+        /// What it was.
+        id: String,
+    },
+    /// Nobody has this id.
+    #[error("{what} {id:?} not found")]
+    NotFound {
+        /// Container or process.
+        what: &'static str,
+        /// The id.
+        id: String,
+    },
+    /// Somebody has it.
+    #[error("{what} {id:?} already exists")]
+    Exists {
+        /// Container or process.
+        what: &'static str,
+        /// The id.
+        id: String,
+    },
+    /// A process that has ended cannot be signalled.
+    #[error("process already finished")]
+    Finished,
+    /// The process is in another state than the request needs.
+    #[error("cannot {attempted} a process that is {status}")]
+    State {
+        /// What was asked for.
+        attempted: &'static str,
+        /// What it is.
+        status: Status,
+    },
+    /// The container is paused, or is not.
+    #[error("cannot {attempted} a container that is {state}")]
+    Paused {
+        /// What was asked for.
+        attempted: &'static str,
+        /// What it is.
+        state: &'static str,
+    },
+    /// A number that is no signal.
+    #[error("{0} is not a signal")]
+    Signal(u32),
+    /// A size that no terminal has.
+    #[error("a terminal cannot have {width} columns and {height} rows")]
+    Size {
+        /// Columns.
+        width: u32,
+        /// Rows.
+        height: u32,
+    },
+    /// The request contradicts its own document.
+    #[error("{0}")]
+    Contradiction(&'static str),
+    /// The agent does not do this.
+    #[error("{0} is not supported yet")]
+    Unsupported(&'static str),
+    /// The configuration is refused.
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    /// The resources are refused.
+    #[error(transparent)]
+    Resources(#[from] ResourceError),
+    /// The device rules are refused.
+    #[error(transparent)]
+    DeviceRules(#[from] DeviceRuleError),
+    /// A stream is missing.
+    #[error(transparent)]
+    Stdio(#[from] StdioError),
+    /// The process could not be started.
+    #[error(transparent)]
+    Launch(#[from] LaunchError),
+    /// The cgroup could not be used.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    /// The system refused.
+    #[error("cannot {attempted}")]
+    System {
+        /// What was attempted.
+        attempted: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+/// Where the agent's parts are, and what they share.
+#[derive(Clone)]
+pub(crate) struct Machinery {
+    /// The program that becomes `walnut-init`.
+    pub(crate) program: PathBuf,
+    /// Where containers' cgroups are made.
+    pub(crate) hierarchy: Hierarchy,
+    /// Where children end.
+    pub(crate) reaper: Reaper,
+    /// Where the shim's streams wait.
+    pub(crate) streams: Streams,
+}
+
+/// What a request to create a container says.
+pub(crate) struct CreateContainer<'a> {
+    pub(crate) id: String,
+    pub(crate) bundle: String,
+    pub(crate) terminal: bool,
+    pub(crate) names: StdioNames,
+    pub(crate) spec: &'a [u8],
+}
+
+/// What a request to add a process says.
+pub(crate) struct AddProcess<'a> {
+    pub(crate) exec_id: String,
+    pub(crate) terminal: bool,
+    pub(crate) names: StdioNames,
+    pub(crate) process: &'a [u8],
+}
+
+/// All containers.
+pub(crate) struct Tasks {
+    machinery: Machinery,
+    containers: Mutex<HashMap<String, Arc<Container>>>,
+}
+
+impl Tasks {
+    pub(crate) fn new(machinery: Machinery) -> Self {
+        Self {
+            machinery,
+            containers: Mutex::default(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, Arc<Container>>> {
+        self.containers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The container of an id.
+    pub(crate) fn container(&self, id: &str) -> Result<Arc<Container>, TaskError> {
+        self.lock()
+            .get(id)
+            .cloned()
+            .ok_or_else(|| TaskError::NotFound {
+                what: "container",
+                id: id.to_owned(),
+            })
+    }
+
+    /// The process of a container's id and its own; the first process has none.
+    pub(crate) fn process(&self, id: &str, exec_id: &str) -> Result<Arc<Process>, TaskError> {
+        self.container(id)?.process(exec_id)
+    }
+
+    /// Makes a container whose first process waits to be started; answers its id in the guest.
+    pub(crate) async fn create(&self, request: CreateContainer<'_>) -> Result<i32, TaskError> {
+        check_id("container", &request.id)?;
+        let spec = parse_spec(request.spec)?;
+        validate(&spec)?;
+        same_terminal(request.terminal, spec.process.terminal)?;
+        let settings = resources::settings(&spec.linux.resources)?;
+        let device_program = devices::program(&spec.linux.resources.devices)?;
+        if self.lock().contains_key(&request.id) {
+            return Err(TaskError::Exists {
+                what: "container",
+                id: request.id,
+            });
+        }
+        let claimed = request
+            .names
+            .claim(&self.machinery.streams, request.terminal)?;
+        let cgroup = self.machinery.hierarchy.create(&request.id)?;
+        let process = Process::new(request.terminal, request.names, claimed);
+        let container = Arc::new(Container::new(
+            request.id.clone(),
+            request.bundle,
+            cgroup,
+            process,
+        ));
+        self.lock()
+            .insert(request.id.clone(), Arc::clone(&container));
+        let made = async {
+            container.cgroup.apply(&settings)?;
+            container.cgroup.restrict_devices(&device_program)?;
+            let init = container.process("")?;
+            let pid = init
+                .launch(&self.machinery, &container, Job::Create(Box::new(spec)))
+                .await?;
+            container.when_first_process_ends(&init);
+            Ok(pid)
+        };
+        let made: Result<i32, TaskError> = made.await;
+        if made.is_err() {
+            self.lock().remove(&request.id);
+            // The first error is the one to tell.
+            if let Err(error) = container.cgroup.remove().await {
+                eprintln!("walnut-agent: {error}");
+            }
+        }
+        made
+    }
+
+    /// Adds a process to a container; it runs once it is started.
+    pub(crate) fn add(&self, id: &str, request: AddProcess<'_>) -> Result<(), TaskError> {
+        check_id("process", &request.exec_id)?;
+        let container = self.container(id)?;
+        let process = parse_process(request.process)?;
+        validate_process(&process)?;
+        same_terminal(request.terminal, process.terminal)?;
+        container.check_joinable("exec in")?;
+        if container.process(&request.exec_id).is_ok() {
+            return Err(TaskError::Exists {
+                what: "process",
+                id: request.exec_id,
+            });
+        }
+        let claimed = request
+            .names
+            .claim(&self.machinery.streams, request.terminal)?;
+        let added = Process::added(request.names, claimed, process);
+        container.insert(request.exec_id, added);
+        Ok(())
+    }
+
+    /// Starts a process; answers its id in the guest.
+    pub(crate) async fn start(&self, id: &str, exec_id: &str) -> Result<i32, TaskError> {
+        let container = self.container(id)?;
+        let process = container.process(exec_id)?;
+        if exec_id.is_empty() {
+            return process.open_gate().await;
+        }
+        container.check_joinable("exec in")?;
+        process.launch_added(&self.machinery, &container).await
+    }
+
+    /// Signals one process, or all of a container.
+    pub(crate) fn kill(
+        &self,
+        id: &str,
+        exec_id: &str,
+        signal: u32,
+        all: bool,
+    ) -> Result<(), TaskError> {
+        let number = i32::try_from(signal)
+            .ok()
+            .filter(|_| (1..=MAX_SIGNAL).contains(&signal))
+            .ok_or(TaskError::Signal(signal))?;
+        let container = self.container(id)?;
+        let process = container.process(exec_id)?;
+        if all && exec_id.is_empty() {
+            process.check_alive()?;
+            return container.signal_all(number);
+        }
+        process.signal(number)
+    }
+
+    /// Forgets a process, or a container with all that is left of it.
+    pub(crate) async fn delete(&self, id: &str, exec_id: &str) -> Result<(i32, Exit), TaskError> {
+        let container = self.container(id)?;
+        let process = container.process(exec_id)?;
+        let ended = process.end_for_delete(exec_id.is_empty()).await?;
+        if exec_id.is_empty() {
+            container.cgroup.remove().await?;
+            self.lock().remove(id);
+        } else {
+            container.forget(exec_id);
+        }
+        Ok(ended)
+    }
+
+    /// Changes a container's limits.
+    pub(crate) fn update(&self, id: &str, json: &[u8]) -> Result<(), TaskError> {
+        let container = self.container(id)?;
+        let resources = parse_resources(json)?;
+        if !resources.devices.is_empty() {
+            return Err(TaskError::Unsupported(
+                "an update of linux.resources.devices",
+            ));
+        }
+        container.cgroup.apply(&resources::settings(&resources)?)?;
+        Ok(())
+    }
+
+    /// Kills everything, for the end of the guest.
+    pub(crate) fn kill_everything(&self) -> Result<(), TaskError> {
+        Ok(self.machinery.hierarchy.kill_all()?)
+    }
+}
+
+fn same_terminal(of_request: bool, of_document: bool) -> Result<(), TaskError> {
+    if of_request == of_document {
+        return Ok(());
+    }
+    Err(TaskError::Contradiction(
+        "the request and process.terminal do not agree on whether there is a terminal",
+    ))
+}
+
+/// containerd's identifiers: they become parts of paths.
+fn check_id(what: &'static str, id: &str) -> Result<(), TaskError> {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+    let first = id
+        .bytes()
+        .next()
+        .is_some_and(|byte| byte.is_ascii_alphanumeric());
+    if first && id.len() <= MAX_ID_BYTES && id.bytes().all(plain) {
+        return Ok(());
+    }
+    Err(TaskError::Id {
+        what,
+        id: id.to_owned(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn ids_are_those_of_containerd() {
+        for id in ["a", "0", "k8s.io-1_2", &"f".repeat(76)] {
+            assert!(check_id("container", id).is_ok(), "{id}");
+        }
+        for id in ["", ".", "..", "-a", "a/b", "a\0", "ä", &"f".repeat(129)] {
+            assert!(check_id("container", id).is_err(), "{id}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn an_id_is_one_part_of_a_path(id: String) {
+            if check_id("container", &id).is_ok() {
+                prop_assert_eq!(std::path::Path::new(&id).components().count(), 1);
+                let below = std::path::Path::new("/x").join(&id);
+                prop_assert_eq!(below.parent(), Some(std::path::Path::new("/x")));
+            }
+        }
+    }
+}
