@@ -1,3 +1,55 @@
-//! The containerd shim of Walnut.
+//! The containerd shim of Walnut: `containerd-shim-walnut-v2`.
+//!
+//! containerd runs this program with the commands of its shim contract (`start`, `delete`, `-info`, `-v`);
+//! without a command it is the server that `start` left behind, one per Pod. This file only chooses.
+//! Nothing but the answer may reach standard output or standard error: containerd reads both as one.
 
-fn main() {}
+mod agent;
+mod args;
+mod bootstrap;
+mod bundle;
+mod calls;
+mod cgroup;
+mod cleanup;
+mod config;
+mod container;
+mod control;
+mod error;
+mod events;
+mod io;
+mod log;
+mod machine;
+mod mounts;
+mod process_file;
+mod sandbox;
+mod server;
+mod service;
+mod slots;
+mod spec;
+mod state_dir;
+mod storage;
+mod vm;
+
+use args::{Args, Command};
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{}", error::one_line(error.as_ref()));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> anyhow::Result<()> {
+    let args = Args::parse(std::env::args_os().skip(1))?;
+    match args.command {
+        Command::Start => bootstrap::start(&args),
+        Command::Delete => cleanup::delete(&args),
+        Command::Info => bootstrap::info(),
+        Command::Version => bootstrap::version(),
+        Command::Serve => server::serve(&args),
+    }
+}

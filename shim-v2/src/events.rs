@@ -1,0 +1,327 @@
+//! Events for containerd, in the order in which they were published.
+//!
+//! containerd's document (core/runtime/v2/README.md) asks that a task's events keep their order and that its
+//! exit is published. Publishing never waits: one worker forwards the events over
+//! `containerd.services.events.ttrpc.v1.Events`, reconnects, and gives an event up after some attempts, as
+//! containerd learns the truth from State and Wait when it comes back.
+
+use crate::container::{Exit, Process};
+use containerd_shim_protos::{
+    api::{CreateTaskRequest, ForwardRequest},
+    events::task::{
+        TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskStart,
+    },
+    shim::event::Envelope,
+    shim_async::EventsClient,
+    topics,
+};
+use protobuf::{Message, MessageField, well_known_types::any::Any};
+use std::time::{Duration, SystemTime};
+use tokio::sync::{mpsc, oneshot};
+use ttrpc::r#async::{Client, transport::Socket};
+
+const ATTEMPTS: u32 = 5;
+const ATTEMPT_DEADLINE: Duration = Duration::from_secs(5);
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+/// containerd reads the namespace of a ttrpc call from this key.
+const NAMESPACE_KEY: &str = "containerd-namespace-ttrpc";
+
+/// The queue of events.
+#[derive(Debug, Clone)]
+pub(crate) struct Events {
+    queue: mpsc::UnboundedSender<Queued>,
+}
+
+#[derive(Debug)]
+struct Queued {
+    topic: &'static str,
+    event: Any,
+    at: SystemTime,
+    settled: oneshot::Sender<()>,
+}
+
+/// Tells when an event has been delivered or given up.
+#[derive(Debug)]
+pub(crate) struct Delivery(oneshot::Receiver<()>);
+
+/// Where events go.
+#[derive(Debug)]
+struct Forwarder {
+    address: String,
+    namespace: String,
+}
+
+#[derive(Debug, thiserror::Error)]
+enum EventsError {
+    #[error("connecting to containerd's event service {address:?} failed")]
+    Connect {
+        address: String,
+        source: std::io::Error,
+    },
+    #[error("containerd refused the event")]
+    Forward(#[source] ttrpc::Error),
+    #[error("containerd did not take the event in time")]
+    Deadline,
+}
+
+impl Events {
+    /// Starts the worker. An empty address, as when the shim is run by hand, drops events.
+    pub(crate) fn start(address: String, namespace: String) -> Self {
+        let (queue, receiver) = mpsc::unbounded_channel();
+        tokio::spawn(Forwarder { address, namespace }.run(receiver));
+        Self { queue }
+    }
+
+    /// A container exists.
+    pub(crate) fn created(&self, request: &CreateTaskRequest, pid: u32) {
+        let event = TaskCreate {
+            container_id: request.id.clone(),
+            bundle: request.bundle.clone(),
+            rootfs: request.rootfs.clone(),
+            io: MessageField::some(TaskIO {
+                stdin: request.stdin.clone(),
+                stdout: request.stdout.clone(),
+                stderr: request.stderr.clone(),
+                terminal: request.terminal,
+                ..TaskIO::default()
+            }),
+            pid,
+            ..TaskCreate::default()
+        };
+        self.publish(
+            topics::TASK_CREATE_EVENT_TOPIC,
+            "containerd.events.TaskCreate",
+            &event,
+        );
+    }
+
+    /// A process was added to a container.
+    pub(crate) fn exec_added(&self, container_id: &str, exec_id: &str) {
+        let event = TaskExecAdded {
+            container_id: container_id.to_owned(),
+            exec_id: exec_id.to_owned(),
+            ..TaskExecAdded::default()
+        };
+        self.publish(
+            topics::TASK_EXEC_ADDED_EVENT_TOPIC,
+            "containerd.events.TaskExecAdded",
+            &event,
+        );
+    }
+
+    /// A process runs.
+    pub(crate) fn started(&self, process: &Process) {
+        let container_id = process.container_id().to_owned();
+        if process.is_init() {
+            let event = TaskStart {
+                container_id,
+                pid: process.pid(),
+                ..TaskStart::default()
+            };
+            self.publish(
+                topics::TASK_START_EVENT_TOPIC,
+                "containerd.events.TaskStart",
+                &event,
+            );
+            return;
+        }
+        let event = TaskExecStarted {
+            container_id,
+            exec_id: process.exec_id().to_owned(),
+            pid: process.pid(),
+            ..TaskExecStarted::default()
+        };
+        self.publish(
+            topics::TASK_EXEC_STARTED_EVENT_TOPIC,
+            "containerd.events.TaskExecStarted",
+            &event,
+        );
+    }
+
+    /// A process has ended.
+    pub(crate) fn exited(&self, process: &Process, exit: Exit) -> Delivery {
+        let event = TaskExit {
+            container_id: process.container_id().to_owned(),
+            // The init process's id is that of its container.
+            id: process.event_id().to_owned(),
+            pid: process.pid(),
+            exit_status: exit.status,
+            exited_at: MessageField::some(exit.at.into()),
+            ..TaskExit::default()
+        };
+        self.publish(
+            topics::TASK_EXIT_EVENT_TOPIC,
+            "containerd.events.TaskExit",
+            &event,
+        )
+    }
+
+    /// A container is gone.
+    pub(crate) fn deleted(&self, process: &Process, exit: Exit) {
+        let event = TaskDelete {
+            container_id: process.container_id().to_owned(),
+            id: process.event_id().to_owned(),
+            pid: process.pid(),
+            exit_status: exit.status,
+            exited_at: MessageField::some(exit.at.into()),
+            ..TaskDelete::default()
+        };
+        self.publish(
+            topics::TASK_DELETE_EVENT_TOPIC,
+            "containerd.events.TaskDelete",
+            &event,
+        );
+    }
+
+    /// Queues an event. `name` is the message's full name, which containerd uses as the type URL.
+    fn publish(&self, topic: &'static str, name: &'static str, message: &impl Message) -> Delivery {
+        let (settled, receiver) = oneshot::channel();
+        let event = Any {
+            type_url: name.to_owned(),
+            // A message that was built here has no required field that could be missing.
+            value: message.write_to_bytes().unwrap_or_default(),
+            ..Any::default()
+        };
+        // The worker only ends with the runtime; then nobody waits for the delivery either.
+        let _ = self.queue.send(Queued {
+            topic,
+            event,
+            at: SystemTime::now(),
+            settled,
+        });
+        Delivery(receiver)
+    }
+}
+
+impl Delivery {
+    /// Waits until the event is delivered or given up; the worker's attempts are the deadline.
+    pub(crate) async fn settled(self) {
+        // An error means that the worker has gone, so there is nothing to wait for.
+        let _ = self.0.await;
+    }
+}
+
+impl Forwarder {
+    async fn run(self, mut queue: mpsc::UnboundedReceiver<Queued>) {
+        let mut client = None;
+        while let Some(queued) = queue.recv().await {
+            if !self.address.is_empty() {
+                self.deliver(&mut client, &queued).await;
+            }
+            // Nobody has to wait for it.
+            let _ = queued.settled.send(());
+        }
+    }
+
+    async fn deliver(&self, client: &mut Option<EventsClient>, queued: &Queued) {
+        let request = self.request(queued);
+        let mut pause = FIRST_PAUSE;
+        for attempt in 1..=ATTEMPTS {
+            let forward = self.forward(client, &request);
+            let result = tokio::time::timeout(ATTEMPT_DEADLINE, forward)
+                .await
+                .unwrap_or(Err(EventsError::Deadline));
+            let Err(error) = result else {
+                return;
+            };
+            *client = None;
+            crate::log::error(&format!("event {} attempt {attempt}", queued.topic), &error);
+            tokio::time::sleep(pause).await;
+            pause *= 2;
+        }
+    }
+
+    async fn forward(
+        &self,
+        client: &mut Option<EventsClient>,
+        request: &ForwardRequest,
+    ) -> Result<(), EventsError> {
+        let connected = match client.take() {
+            Some(connected) => connected,
+            None => self.connect().await?,
+        };
+        let mut context = ttrpc::context::with_duration(ATTEMPT_DEADLINE);
+        context.add(NAMESPACE_KEY.to_owned(), self.namespace.clone());
+        connected
+            .forward(context, request)
+            .await
+            .map_err(EventsError::Forward)?;
+        *client = Some(connected);
+        Ok(())
+    }
+
+    async fn connect(&self) -> Result<EventsClient, EventsError> {
+        let path = self
+            .address
+            .strip_prefix("unix://")
+            .unwrap_or(&self.address);
+        let stream = tokio::net::UnixStream::connect(path)
+            .await
+            .map_err(|source| EventsError::Connect {
+                address: self.address.clone(),
+                source,
+            })?;
+        Ok(EventsClient::new(Client::new(Socket::new(stream))))
+    }
+
+    fn request(&self, queued: &Queued) -> ForwardRequest {
+        ForwardRequest {
+            envelope: MessageField::some(Envelope {
+                timestamp: MessageField::some(queued.at.into()),
+                namespace: self.namespace.clone(),
+                topic: queued.topic.to_owned(),
+                event: MessageField::some(queued.event.clone()),
+                ..Envelope::default()
+            }),
+            ..ForwardRequest::default()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use containerd_shim_protos::shim_async::{Events as EventsService, create_events};
+    use std::sync::{Arc, Mutex};
+
+    struct Recorder(Mutex<Vec<(String, String)>>);
+
+    #[async_trait::async_trait]
+    impl EventsService for Recorder {
+        async fn forward(
+            &self,
+            _: &ttrpc::r#async::TtrpcContext,
+            request: ForwardRequest,
+        ) -> ttrpc::Result<containerd_shim_protos::api::Empty> {
+            let envelope = request.envelope.unwrap();
+            self.0
+                .lock()
+                .unwrap()
+                .push((envelope.topic, envelope.namespace));
+            Ok(containerd_shim_protos::api::Empty::default())
+        }
+    }
+
+    #[tokio::test]
+    async fn events_wait_for_containerd_and_keep_their_order() {
+        let directory = tempfile::tempdir().unwrap();
+        let address = format!("unix://{}/events.sock", directory.path().display());
+        let events = Events::start(address.clone(), "ns".into());
+        let message = TaskStart::default();
+        let first = events.publish("/1", "containerd.events.TaskStart", &message);
+        let recorder = Arc::new(Recorder(Mutex::new(Vec::new())));
+        let mut server = ttrpc::r#async::Server::new()
+            .bind(&address)
+            .unwrap()
+            .register_service(create_events(recorder.clone()));
+        server.start().await.unwrap();
+        let second = events.publish("/2", "containerd.events.TaskStart", &message);
+        second.settled().await;
+        first.settled().await;
+        let seen = recorder.0.lock().unwrap().clone();
+        assert_eq!(
+            seen,
+            [("/1".into(), "ns".into()), ("/2".into(), "ns".into())]
+        );
+    }
+}

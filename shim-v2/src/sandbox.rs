@@ -1,0 +1,403 @@
+//! A Pod: the state machine that owns its machine and its containers.
+//!
+//! ```text
+//!            first Create              ready
+//!    Idle ----------------> Booting -----------> Running
+//!     ^ ^                      | failed             | last container deleted, or a first Create failed
+//!     | +----------------------+                    v
+//!     +------------------------------------------ Stopping
+//! ```
+//!
+//! A machine whose VM has ended stays `Running` until its last container is deleted: its containers have
+//! exited with 137, and State, Kill and Delete answer. No lock is held while the guest or containerd is
+//! waited for.
+
+use crate::{
+    agent::AgentError,
+    args::is_name,
+    container::{Container, Exit, KILLED, Process},
+    error::ShimError,
+    events::Events,
+    io::{Stdio, Streams},
+    log,
+    machine::Machine,
+    slots::{SlotError, Slots},
+    spec::{self, HostPart, Translation},
+    state_dir::StateDir,
+    storage::Needs,
+};
+use containerd_shim_protos::api;
+use oci_spec::runtime::Spec;
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+use tokio::{sync::watch, time::timeout};
+
+/// How long containerd gets to take the last exits when the shim is told to end.
+const TERMINATION_DEADLINE: Duration = Duration::from_secs(15);
+/// What a process that could not be started reports.
+const START_FAILED: u32 = 255;
+
+/// Where the machine is in its life.
+#[derive(Clone)]
+enum Phase {
+    Idle,
+    Booting,
+    Running(Arc<Machine>),
+    Stopping,
+}
+
+/// A Pod.
+pub(crate) struct Sandbox {
+    state: StateDir,
+    fallback_cgroup: PathBuf,
+    phase: watch::Sender<Phase>,
+    pub(crate) containers: Slots<Container>,
+    pub(crate) events: Events,
+    finished: watch::Sender<bool>,
+}
+
+impl Sandbox {
+    /// A Pod without a machine.
+    pub(crate) fn new(namespace: &str, id: &str, state: StateDir, events: Events) -> Self {
+        Self {
+            state,
+            fallback_cgroup: Path::new("/walnut").join(namespace).join(id),
+            phase: watch::Sender::new(Phase::Idle),
+            containers: Slots::default(),
+            events,
+            finished: watch::Sender::new(false),
+        }
+    }
+
+    /// Create: boots the machine for the first container, then makes the container.
+    pub(crate) async fn create(
+        self: Arc<Self>,
+        request: api::CreateTaskRequest,
+    ) -> Result<u32, ShimError> {
+        let id = request.id.clone();
+        if !is_name(&id) {
+            return Err(ShimError::Name {
+                field: "id",
+                value: id,
+            });
+        }
+        if !request.checkpoint.is_empty() {
+            return Err(ShimError::Unsupported("restoring a checkpoint"));
+        }
+        if !self.containers.reserve(&id) {
+            return Err(ShimError::Exists {
+                what: "container",
+                id,
+            });
+        }
+        match self.create_reserved(&request).await {
+            Ok((machine, container)) => {
+                let container = Arc::new(container);
+                let init = Arc::clone(&container.init);
+                self.containers.fill(&id, container);
+                let pid = init.pid();
+                self.events.created(&request, pid);
+                tokio::spawn(watch_process(machine, init, self.events.clone()));
+                Ok(pid)
+            }
+            Err(error) => {
+                self.forget(&id).await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn create_reserved(
+        &self,
+        request: &api::CreateTaskRequest,
+    ) -> Result<(Arc<Machine>, Container), ShimError> {
+        let bundle = PathBuf::from(&request.bundle);
+        let host_spec = read_spec(&bundle.join("config.json"))?;
+        let part = spec::host_part(&host_spec);
+        let Translation { guest, volumes } = spec::translate(host_spec, &request.id)?;
+        let json = serde_json::to_vec(&guest).map_err(|source| ShimError::Json {
+            what: "the guest's configuration",
+            path: bundle.clone(),
+            source,
+        })?;
+        let machine = self.machine(&part).await?;
+        let needs = Needs {
+            container_id: request.id.clone(),
+            rootfs: request.rootfs.clone(),
+            bundle: bundle.clone(),
+            volumes,
+        };
+        machine.expose(needs).await?;
+        let stdio = Stdio {
+            stdin: request.stdin.clone(),
+            stdout: request.stdout.clone(),
+            stderr: request.stderr.clone(),
+            terminal: request.terminal,
+        };
+        match create_in_guest(&machine, &request.id, json, stdio).await {
+            Ok(init) => {
+                let init = Arc::new(init);
+                Ok((
+                    machine,
+                    Container {
+                        bundle,
+                        init,
+                        execs: Slots::default(),
+                    },
+                ))
+            }
+            Err(error) => {
+                if let Err(undo) = machine.withdraw(&request.id).await {
+                    log::error("undoing a failed Create", &undo);
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// The running machine; boots it when there is none, or waits for the call that does.
+    async fn machine(&self, part: &HostPart) -> Result<Arc<Machine>, ShimError> {
+        let mut phases = self.phase.subscribe();
+        loop {
+            let phase = phases.borrow_and_update().clone();
+            match phase {
+                Phase::Running(machine) if machine.has_exited() => {
+                    return Err(ShimError::VmEnded(machine.describe_end()));
+                }
+                Phase::Running(machine) => return Ok(machine),
+                Phase::Idle if self.enter(Phase::Booting, |now| matches!(now, Phase::Idle)) => {
+                    return self.boot(part).await;
+                }
+                // Boot and stop have deadlines of their own, so this ends.
+                Phase::Idle | Phase::Booting | Phase::Stopping => {
+                    if phases.changed().await.is_err() {
+                        return Err(ShimError::VmEnded("the sandbox is gone".to_owned()));
+                    }
+                }
+            }
+        }
+    }
+
+    async fn boot(&self, part: &HostPart) -> Result<Arc<Machine>, ShimError> {
+        match Machine::boot(&self.state, &self.fallback_cgroup, part).await {
+            Ok(machine) => {
+                let machine = Arc::new(machine);
+                self.phase
+                    .send_replace(Phase::Running(Arc::clone(&machine)));
+                Ok(machine)
+            }
+            Err(error) => {
+                self.phase.send_replace(Phase::Idle);
+                Err(error.into())
+            }
+        }
+    }
+
+    fn enter(&self, next: Phase, allowed: impl FnOnce(&Phase) -> bool) -> bool {
+        self.phase.send_if_modified(|phase| {
+            let may = allowed(phase);
+            if may {
+                *phase = next;
+            }
+            may
+        })
+    }
+
+    /// The machine, if there is one.
+    pub(crate) fn running(&self) -> Option<Arc<Machine>> {
+        match &*self.phase.borrow() {
+            Phase::Running(machine) => Some(Arc::clone(machine)),
+            Phase::Idle | Phase::Booting | Phase::Stopping => None,
+        }
+    }
+
+    /// Delete of a container: the guest's part, the host's part, the event, and, for the last one, the machine.
+    pub(crate) async fn delete_container(
+        self: Arc<Self>,
+        id: String,
+    ) -> Result<(u32, Exit), ShimError> {
+        let container = self
+            .containers
+            .begin_removal(&id)
+            .map_err(|error| match error {
+                SlotError::Missing => ShimError::NoContainer(id.clone()),
+                SlotError::Making => state_error("delete", &id, "being created"),
+                SlotError::Removing => state_error("delete", &id, "being deleted"),
+            })?;
+        match self.release_container(&id, &container).await {
+            Ok(exit) => {
+                self.events.deleted(&container.init, exit);
+                self.forget(&id).await;
+                Ok((container.init.pid(), exit))
+            }
+            Err(error) => {
+                self.containers.keep(&id, container);
+                Err(error)
+            }
+        }
+    }
+
+    async fn release_container(&self, id: &str, container: &Container) -> Result<Exit, ShimError> {
+        let state = container.init.state();
+        let exit = state
+            .exit()
+            .ok_or_else(|| state_error("delete", id, state.name()))?;
+        let Some(machine) = self.running() else {
+            return Ok(exit);
+        };
+        if !machine.has_exited() {
+            delete_in_guest(&machine, id, "").await?;
+        }
+        container.init.drop_streams();
+        for exec in container.execs.all() {
+            exec.drop_streams();
+        }
+        machine.withdraw(id).await?;
+        Ok(exit)
+    }
+
+    /// Forgets a container; without containers there is no machine.
+    async fn forget(&self, id: &str) {
+        if !self.containers.remove(id) {
+            return;
+        }
+        let Some(machine) = self.running() else {
+            return;
+        };
+        // Nothing waits between the removal and this: a Create that comes next finds `Stopping` and waits.
+        self.enter(Phase::Stopping, |phase| matches!(phase, Phase::Running(_)));
+        machine.stop().await;
+        self.phase.send_replace(Phase::Idle);
+    }
+
+    /// Shutdown: ends the server, unless there are containers.
+    pub(crate) fn shutdown(&self) {
+        if self.containers.is_empty() {
+            self.finished.send_replace(true);
+        }
+    }
+
+    /// Waits for a Shutdown that was obeyed.
+    pub(crate) async fn finished(&self) {
+        let mut finished = self.finished.subscribe();
+        // The sender is `self`.
+        let _ = finished.wait_for(|finished| *finished).await;
+    }
+
+    /// Ends everything because the server was told to end: containers exit with 137, nothing is left behind.
+    pub(crate) async fn terminate(&self) {
+        let Some(machine) = self.running() else {
+            return;
+        };
+        machine.kill().await;
+        let told = async {
+            for container in self.containers.all() {
+                container.init.wait().await;
+            }
+        };
+        if timeout(TERMINATION_DEADLINE, told).await.is_err() {
+            log::line("containerd did not take the last exits");
+        }
+        machine.stop().await;
+    }
+}
+
+/// Marks a process that could not be started as ended; for a container's first one, whoever watches it tells
+/// containerd.
+pub(crate) fn start_failed(process: &Process) {
+    process.stopped(Exit::now(START_FAILED));
+    if !process.is_init() {
+        // It never started, so there is no exit to tell.
+        process.drop_streams();
+        process.reported();
+    }
+}
+
+/// Waits for a process's end, then for its output, and tells containerd; then Wait is answered.
+pub(crate) async fn watch_process(machine: Arc<Machine>, process: Arc<Process>, events: Events) {
+    let exit = tokio::select! {
+        biased;
+        status = wait_in_guest(&machine, &process) => Exit::now(status),
+        () = machine.exited() => Exit::now(KILLED),
+        exit = process.marked_stopped() => exit,
+    };
+    process.settled().await;
+    process.finish_streams().await;
+    process.stopped(exit);
+    // What counts, and is told, is the first end that was noticed.
+    let exit = process.state().exit().unwrap_or(exit);
+    events.exited(&process, exit).settled().await;
+    process.reported();
+}
+
+async fn wait_in_guest(machine: &Machine, process: &Process) -> u32 {
+    match machine
+        .agent()
+        .wait(process.container_id(), process.exec_id())
+        .await
+    {
+        Ok(status) => status,
+        // The agent lives and doesn't know the process, as after a start that failed.
+        Err(error @ AgentError::Refused { .. }) => {
+            log::error("the guest's agent refuses to wait for a process", &error);
+            START_FAILED
+        }
+        Err(error) => {
+            if !machine.has_exited() {
+                log::error("waiting for a process failed, ending its VM", &error);
+                machine.kill().await;
+            }
+            KILLED
+        }
+    }
+}
+
+async fn create_in_guest(
+    machine: &Machine,
+    id: &str,
+    spec: Vec<u8>,
+    stdio: Stdio,
+) -> Result<Process, ShimError> {
+    let (streams, names) = machine.ask(Streams::open(machine.agent(), &stdio)).await?;
+    machine
+        .ask(machine.agent().create(id, spec, stdio.terminal, &names))
+        .await?;
+    Ok(Process::new(id, "", machine.pid(), stdio, streams))
+}
+
+/// Deletes a process or a container in the guest. What the guest doesn't know is gone, and so is a guest
+/// whose VM ends meanwhile.
+pub(crate) async fn delete_in_guest(
+    machine: &Machine,
+    id: &str,
+    exec_id: &str,
+) -> Result<(), ShimError> {
+    match machine.ask(machine.agent().delete(id, exec_id)).await {
+        Err(error) if error.is_not_found() || machine.has_exited() => Ok(()),
+        other => other,
+    }
+}
+
+pub(crate) fn state_error(action: &'static str, id: &str, state: &'static str) -> ShimError {
+    ShimError::State {
+        action,
+        id: id.to_owned(),
+        state,
+    }
+}
+
+fn read_spec(path: &Path) -> Result<Spec, ShimError> {
+    let failed = |source| ShimError::Bundle {
+        path: path.to_owned(),
+        source,
+    };
+    let bytes = std::fs::read(path).map_err(failed)?;
+    serde_json::from_slice(&bytes).map_err(|source| ShimError::Json {
+        what: "the container's configuration",
+        path: path.to_owned(),
+        source,
+    })
+}

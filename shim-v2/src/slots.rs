@@ -1,0 +1,139 @@
+//! Things by name, each of which is being made, there, or being removed.
+//!
+//! Two calls for one name may come at once; the second sees what the first is at, and no lock is held while
+//! either waits for the guest.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+/// The state of one name.
+#[derive(Debug)]
+enum Slot<T> {
+    Making,
+    There(Arc<T>),
+    Removing(Arc<T>),
+}
+
+/// Why a name can't be taken or removed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum SlotError {
+    /// Nothing of that name.
+    Missing,
+    /// Being made by another call.
+    Making,
+    /// Being removed by another call.
+    Removing,
+}
+
+/// Things by name.
+#[derive(Debug)]
+pub(crate) struct Slots<T>(Mutex<BTreeMap<String, Slot<T>>>);
+
+impl<T> Default for Slots<T> {
+    fn default() -> Self {
+        Self(Mutex::default())
+    }
+}
+
+impl<T> Slots<T> {
+    /// Takes a name, or answers that it is taken.
+    pub(crate) fn reserve(&self, name: &str) -> bool {
+        let mut slots = self.lock();
+        if slots.contains_key(name) {
+            return false;
+        }
+        slots.insert(name.to_owned(), Slot::Making);
+        true
+    }
+
+    /// Fills a reserved name.
+    pub(crate) fn fill(&self, name: &str, thing: Arc<T>) {
+        self.lock().insert(name.to_owned(), Slot::There(thing));
+    }
+
+    /// The thing of that name, even while it is being removed.
+    pub(crate) fn get(&self, name: &str) -> Option<Arc<T>> {
+        match self.lock().get(name)? {
+            Slot::Making => None,
+            Slot::There(thing) | Slot::Removing(thing) => Some(Arc::clone(thing)),
+        }
+    }
+
+    /// Begins to remove: until [`Slots::remove`] or [`Slots::keep`], nobody else can.
+    pub(crate) fn begin_removal(&self, name: &str) -> Result<Arc<T>, SlotError> {
+        let mut slots = self.lock();
+        let slot = slots.get_mut(name).ok_or(SlotError::Missing)?;
+        let thing = match slot {
+            Slot::Making => return Err(SlotError::Making),
+            Slot::Removing(_) => return Err(SlotError::Removing),
+            Slot::There(thing) => Arc::clone(thing),
+        };
+        *slot = Slot::Removing(Arc::clone(&thing));
+        Ok(thing)
+    }
+
+    /// Gives a removal up.
+    pub(crate) fn keep(&self, name: &str, thing: Arc<T>) {
+        self.fill(name, thing);
+    }
+
+    /// Forgets a name, and answers whether none is left.
+    pub(crate) fn remove(&self, name: &str) -> bool {
+        let mut slots = self.lock();
+        slots.remove(name);
+        slots.is_empty()
+    }
+
+    /// Whether no name is taken.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.lock().is_empty()
+    }
+
+    /// Everything that is there or being removed.
+    pub(crate) fn all(&self) -> Vec<Arc<T>> {
+        let slots = self.lock();
+        let things = slots.values().filter_map(|slot| match slot {
+            Slot::Making => None,
+            Slot::There(thing) | Slot::Removing(thing) => Some(Arc::clone(thing)),
+        });
+        things.collect()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Slot<T>>> {
+        // Every change under the lock is one operation of the map: a panic leaves nothing half done.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_taken_once_and_removed_once() {
+        let slots = Slots::default();
+        assert!(slots.reserve("a"));
+        assert!(!slots.reserve("a"));
+        assert_eq!(slots.begin_removal("a").unwrap_err(), SlotError::Making);
+        assert!(slots.get("a").is_none());
+        slots.fill("a", Arc::new(1));
+        let thing = slots.begin_removal("a").unwrap();
+        assert_eq!(slots.begin_removal("a").unwrap_err(), SlotError::Removing);
+        assert_eq!(slots.get("a").as_deref(), Some(&1));
+        slots.keep("a", thing);
+        slots.begin_removal("a").unwrap();
+        assert!(slots.remove("a"));
+        assert_eq!(slots.begin_removal("a").unwrap_err(), SlotError::Missing);
+    }
+
+    #[test]
+    fn the_last_one_is_known() {
+        let slots: Slots<u8> = Slots::default();
+        slots.reserve("a");
+        slots.reserve("b");
+        assert!(!slots.remove("a"));
+        assert!(slots.remove("b") && slots.is_empty());
+    }
+}

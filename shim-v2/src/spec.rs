@@ -1,0 +1,337 @@
+//! From the host's OCI configuration to the guest's, and the list of host files that it needs.
+//!
+//! Pure: opens nothing. What the guest's agent can't enforce it refuses by name itself; refused here is
+//! only what has no meaning beyond the host: its namespaces and its file systems.
+//! OCI runtime specification 1.2, config.md and config-linux.md.
+
+use crate::mounts::{Bind, MountOptionsError, parse_options};
+use oci_spec::runtime::{LinuxNamespaceType, Mount, RootBuilder, Spec};
+use std::path::{Path, PathBuf};
+use walnut_agent_api::SHARE_MOUNT_POINT;
+
+/// File systems that the guest's kernel makes by itself.
+const GUEST_FILE_SYSTEMS: [&str; 7] = [
+    "proc", "sysfs", "tmpfs", "mqueue", "devpts", "cgroup", "cgroup2",
+];
+
+/// A container's configuration for the guest.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Translation {
+    /// What the agent gets.
+    pub(crate) guest: Spec,
+    /// Host files and directories to expose, by their number below the container's `mounts`.
+    pub(crate) volumes: Vec<Volume>,
+}
+
+/// A host file or directory that a container sees.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Volume {
+    /// On the host.
+    pub(crate) source: PathBuf,
+    /// With the mounts below it.
+    pub(crate) recursive: bool,
+    /// Not writable by the guest, whatever its kernel does.
+    pub(crate) read_only: bool,
+}
+
+/// What the host's side of a sandbox takes from the configuration of its first container.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct HostPart {
+    /// Where the Pod's cgroup is.
+    pub(crate) cgroups_path: Option<PathBuf>,
+    /// Host name of the guest.
+    pub(crate) hostname: Option<String>,
+    /// How readily the host's kernel kills the VM when memory is short.
+    pub(crate) oom_score_adj: i32,
+}
+
+/// Why a configuration is refused.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub(crate) enum SpecError {
+    /// A namespace of the host.
+    #[error(
+        "linux.namespaces: {kind} namespace {path:?} belongs to the host, which a container in a VM cannot join"
+    )]
+    HostNamespace {
+        /// Its type.
+        kind: LinuxNamespaceType,
+        /// Its path.
+        path: PathBuf,
+    },
+    /// A mount that isn't a bind mount and that the guest can't make.
+    #[error("mounts[{index}].type {kind:?} at {destination:?} is not supported")]
+    MountType {
+        /// Position in the list.
+        index: usize,
+        /// Its type.
+        kind: String,
+        /// Where it should be.
+        destination: PathBuf,
+    },
+    /// A bind mount without an absolute source.
+    #[error("mounts[{index}].source {source_path:?} at {destination:?} must be an absolute path")]
+    BindSource {
+        /// Position in the list.
+        index: usize,
+        /// Its source.
+        source_path: PathBuf,
+        /// Where it should be.
+        destination: PathBuf,
+    },
+    /// Options that can't be honoured.
+    #[error("mounts[{index}].options at {destination:?}")]
+    MountOptions {
+        /// Position in the list.
+        index: usize,
+        /// Where it should be.
+        destination: PathBuf,
+        /// Why.
+        source: MountOptionsError,
+    },
+    /// Without it there is nothing to run.
+    #[error("{0} is missing")]
+    Missing(&'static str),
+}
+
+/// What the sandbox needs from the configuration.
+pub(crate) fn host_part(spec: &Spec) -> HostPart {
+    let linux = spec.linux().as_ref();
+    HostPart {
+        cgroups_path: linux.and_then(|linux| linux.cgroups_path().clone()),
+        hostname: spec.hostname().clone(),
+        oom_score_adj: spec
+            .process()
+            .as_ref()
+            .and_then(oci_spec::runtime::Process::oom_score_adj)
+            .unwrap_or(0),
+    }
+}
+
+/// Rewrites a configuration for the guest.
+pub(crate) fn translate(mut spec: Spec, container_id: &str) -> Result<Translation, SpecError> {
+    let base = Path::new(SHARE_MOUNT_POINT).join(container_id);
+    let host_root = spec.root().as_ref().ok_or(SpecError::Missing("root"))?;
+    let mut root = RootBuilder::default().path(base.join("rootfs"));
+    if let Some(read_only) = host_root.readonly() {
+        root = root.readonly(read_only);
+    }
+    // Every field of the builder that has no default is set above.
+    spec.set_root(root.build().ok());
+    translate_linux(&mut spec, container_id)?;
+    let volumes = translate_mounts(&mut spec, &base.join("mounts"))?;
+    Ok(Translation {
+        guest: spec,
+        volumes,
+    })
+}
+
+fn translate_linux(spec: &mut Spec, container_id: &str) -> Result<(), SpecError> {
+    let Some(linux) = spec.linux_mut() else {
+        return Ok(());
+    };
+    // The host's cgroup holds the VM; this container's own is made by the guest's kernel.
+    linux.set_cgroups_path(Some(Path::new("/").join(container_id)));
+    let Some(namespaces) = linux.namespaces_mut() else {
+        return Ok(());
+    };
+    // The Pod's network isolation is the VM: its containers share the guest's own network namespace.
+    namespaces.retain(|namespace| namespace.typ() != LinuxNamespaceType::Network);
+    for namespace in namespaces {
+        if let Some(path) = namespace
+            .path()
+            .as_ref()
+            .filter(|path| *path != Path::new(""))
+        {
+            return Err(SpecError::HostNamespace {
+                kind: namespace.typ(),
+                path: path.clone(),
+            });
+        }
+    }
+    Ok(())
+}
+
+fn translate_mounts(spec: &mut Spec, guest_base: &Path) -> Result<Vec<Volume>, SpecError> {
+    let mut volumes = Vec::new();
+    let mounts = spec
+        .mounts_mut()
+        .as_mut()
+        .map_or(&mut [][..], Vec::as_mut_slice);
+    for (index, mount) in mounts.iter_mut().enumerate() {
+        let destination = mount.destination().clone();
+        let kind = mount.typ().clone().unwrap_or_default();
+        let options = mount.options().clone().unwrap_or_default();
+        let is_bind = |option: &String| option == "bind" || option == "rbind";
+        if kind == "bind" || options.iter().any(is_bind) {
+            let volume = volume(index, mount, &options)?;
+            mount.set_typ(Some("bind".to_owned()));
+            mount.set_source(Some(guest_base.join(volumes.len().to_string())));
+            volumes.push(volume);
+        } else if !GUEST_FILE_SYSTEMS.contains(&kind.as_str()) {
+            return Err(SpecError::MountType {
+                index,
+                kind,
+                destination,
+            });
+        }
+    }
+    Ok(volumes)
+}
+
+fn volume(index: usize, mount: &Mount, options: &[String]) -> Result<Volume, SpecError> {
+    let destination = mount.destination().clone();
+    let source_path = mount.source().clone().unwrap_or_default();
+    if !source_path.is_absolute() {
+        return Err(SpecError::BindSource {
+            index,
+            source_path,
+            destination,
+        });
+    }
+    let parsed = parse_options(options).map_err(|source| SpecError::MountOptions {
+        index,
+        destination,
+        source,
+    })?;
+    let read_only = options
+        .iter()
+        .any(|option| option == "ro" || option == "rro");
+    Ok(Volume {
+        source: source_path,
+        recursive: parsed.bind == Bind::Recursive,
+        read_only,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn spec(json: &str) -> Spec {
+        serde_json::from_str(json).unwrap()
+    }
+
+    fn with_mounts(mounts: &str) -> Spec {
+        spec(&format!(
+            r#"{{"ociVersion":"1.2.0","root":{{"path":"rootfs","readonly":true}},"mounts":{mounts}}}"#
+        ))
+    }
+
+    #[test]
+    fn the_root_is_in_the_share_and_stays_read_only() {
+        let guest = translate(with_mounts("[]"), "c1").unwrap().guest;
+        let root = guest.root().as_ref().unwrap();
+        assert_eq!(root.path(), Path::new("/run/walnut/share/c1/rootfs"));
+        assert_eq!(root.readonly(), Some(true));
+    }
+
+    #[test]
+    fn bind_mounts_become_volumes_and_others_stay() {
+        let translation = translate(
+            with_mounts(
+                r#"[{"destination":"/proc","type":"proc","source":"proc"},
+                    {"destination":"/etc/hosts","type":"bind","source":"/h/hosts","options":["rbind","ro"]},
+                    {"destination":"/data","type":"none","source":"/h/data","options":["bind"]}]"#,
+            ),
+            "c1",
+        )
+        .unwrap();
+        let mounts = translation.guest.mounts().as_ref().unwrap();
+        assert_eq!(mounts[0].source().as_deref(), Some(Path::new("proc")));
+        assert_eq!(
+            mounts[1].source().as_deref(),
+            Some(Path::new("/run/walnut/share/c1/mounts/0"))
+        );
+        assert_eq!(mounts[2].typ().as_deref(), Some("bind"));
+        assert_eq!(
+            translation.volumes,
+            [
+                Volume {
+                    source: "/h/hosts".into(),
+                    recursive: true,
+                    read_only: true
+                },
+                Volume {
+                    source: "/h/data".into(),
+                    recursive: false,
+                    read_only: false
+                },
+            ]
+        );
+    }
+
+    #[test]
+    fn mounts_that_need_the_host_are_named() {
+        for (mounts, expected) in [
+            (
+                r#"[{"destination":"/d","type":"ext4","source":"/dev/sda"}]"#,
+                "mounts[0].type \"ext4\" at \"/d\" is not supported",
+            ),
+            (
+                r#"[{"destination":"/d","type":"bind","source":"relative"}]"#,
+                "mounts[0].source \"relative\" at \"/d\" must be an absolute path",
+            ),
+        ] {
+            let error = translate(with_mounts(mounts), "c1").unwrap_err();
+            assert_eq!(error.to_string(), expected);
+        }
+    }
+
+    #[test]
+    fn namespaces_of_the_host_are_refused_and_the_network_is_the_vms() {
+        let json = |namespace: &str| {
+            spec(&format!(
+                r#"{{"ociVersion":"1.2.0","root":{{"path":"rootfs"}},"linux":{{
+                    "cgroupsPath":"/default/c1","namespaces":[{namespace}]}}}}"#
+            ))
+        };
+        let network = r#"{"type":"network","path":"/var/run/netns/x"},{"type":"pid"}"#;
+        let guest = translate(json(network), "c1").unwrap().guest;
+        let linux = guest.linux().as_ref().unwrap();
+        assert_eq!(linux.cgroups_path().as_deref(), Some(Path::new("/c1")));
+        let kept: Vec<_> = linux
+            .namespaces()
+            .as_ref()
+            .unwrap()
+            .iter()
+            .map(|namespace| namespace.typ())
+            .collect();
+        assert_eq!(kept, [LinuxNamespaceType::Pid]);
+        let error = translate(json(r#"{"type":"ipc","path":"/proc/1/ns/ipc"}"#), "c1").unwrap_err();
+        assert!(matches!(
+            error,
+            SpecError::HostNamespace {
+                kind: LinuxNamespaceType::Ipc,
+                ..
+            }
+        ));
+    }
+
+    #[test]
+    fn a_spec_without_a_root_is_refused() {
+        let error = translate(spec(r#"{"ociVersion":"1.2.0"}"#), "c1").unwrap_err();
+        assert_eq!(error, SpecError::Missing("root"));
+    }
+
+    proptest! {
+        #[test]
+        fn every_bind_source_of_the_guest_is_in_its_share(
+            sources in proptest::collection::vec("/[a-z./]{0,20}", 0..8),
+        ) {
+            let mounts: Vec<_> = sources
+                .iter()
+                .map(|source| serde_json::json!({
+                    "destination": "/d", "type": "bind", "source": source, "options": ["rbind"],
+                }))
+                .collect();
+            let json = serde_json::to_string(&mounts).unwrap();
+            let translation = translate(with_mounts(&json), "c1").unwrap();
+            prop_assert_eq!(translation.volumes.len(), sources.len());
+            for mount in translation.guest.mounts().iter().flatten() {
+                let source = mount.source().clone().unwrap();
+                prop_assert!(source.starts_with("/run/walnut/share/c1/mounts"));
+            }
+        }
+    }
+}

@@ -1,0 +1,136 @@
+//! Where a sandbox keeps its files, and where its server listens.
+//!
+//! `/run/walnut/<namespace>/<sandbox>/` holds everything that must survive the server's death so that the
+//! `delete` command can undo it. This module knows the names; what is in the files belongs to their owners.
+
+use sha2::{Digest as _, Sha256};
+use std::{
+    fmt::Write as _,
+    io,
+    os::unix::fs::DirBuilderExt as _,
+    path::{Path, PathBuf},
+};
+
+const ROOT: &str = "/run/walnut";
+/// containerd's own place for shim sockets; short, as a Unix socket's path has 107 bytes at the most.
+const SOCKET_ROOT: &str = "/run/containerd/s";
+
+/// The directory of one sandbox.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct StateDir {
+    path: PathBuf,
+}
+
+impl StateDir {
+    /// Names the directory; creates nothing. Both names are single path components.
+    pub(crate) fn new(namespace: &str, sandbox_id: &str) -> Self {
+        Self::at(Path::new(ROOT).join(namespace).join(sandbox_id))
+    }
+
+    /// A directory anywhere.
+    pub(crate) fn at(path: PathBuf) -> Self {
+        Self { path }
+    }
+
+    /// Makes the directory, for root only: it holds the VM's sockets and the containers' files.
+    pub(crate) fn create(&self) -> io::Result<()> {
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&self.path)
+    }
+
+    /// The directory itself.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Process id of the server.
+    pub(crate) fn server_pid(&self) -> PathBuf {
+        self.path.join("server.pid")
+    }
+
+    /// Process id of the VMM.
+    pub(crate) fn vmm_pid(&self) -> PathBuf {
+        self.path.join("vmm.pid")
+    }
+
+    /// Which host cgroups were made.
+    pub(crate) fn cgroup(&self) -> PathBuf {
+        self.path.join("cgroup")
+    }
+
+    /// What the guest's kernel and agent print.
+    pub(crate) fn console(&self) -> PathBuf {
+        self.path.join("console.log")
+    }
+
+    /// The Unix socket that leads to the guest's vsock ports.
+    pub(crate) fn vsock(&self) -> PathBuf {
+        self.path.join("vsock.sock")
+    }
+
+    /// The directory that the guest sees.
+    pub(crate) fn share(&self) -> PathBuf {
+        self.path.join("share")
+    }
+
+    /// Where the mount points of the share are made.
+    pub(crate) fn tree(&self) -> PathBuf {
+        self.path.join("tree")
+    }
+
+    /// Removes the directory of a namespace when its last sandbox went.
+    pub(crate) fn remove_empty_parent(&self) {
+        if let Some(parent) = self.path.parent() {
+            // Another sandbox of the namespace keeps it; that is the usual reason for a failure here.
+            let _ = std::fs::remove_dir(parent);
+        }
+    }
+}
+
+/// The socket of a sandbox's server. `containerd` tells apart several daemons on one machine.
+pub(crate) fn socket_path(containerd: &str, namespace: &str, sandbox_id: &str) -> PathBuf {
+    let mut hash = Sha256::new();
+    for part in ["walnut", containerd, namespace, sandbox_id] {
+        hash.update(part.as_bytes());
+        hash.update([0]);
+    }
+    let mut name = String::with_capacity(64);
+    for byte in hash.finalize() {
+        // Writing to a String cannot fail.
+        let _ = write!(name, "{byte:02x}");
+    }
+    Path::new(SOCKET_ROOT).join(name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt as _;
+
+    #[test]
+    fn sockets_are_short_and_differ_by_every_part() {
+        let one = socket_path("/run/containerd/containerd.sock", "default", "a");
+        assert!(one.as_os_str().len() <= 107);
+        for (containerd, namespace, id) in [
+            ("/other", "default", "a"),
+            ("/run/containerd/containerd.sock", "defaulta", ""),
+        ] {
+            assert_ne!(one, socket_path(containerd, namespace, id));
+        }
+    }
+
+    #[test]
+    fn the_directory_is_for_its_owner_only() {
+        let temporary = tempfile::tempdir().unwrap();
+        let state = StateDir::at(temporary.path().join("ns/id"));
+        state.create().unwrap();
+        state.create().unwrap();
+        let mode = std::fs::metadata(state.path())
+            .unwrap()
+            .permissions()
+            .mode();
+        assert_eq!(mode & 0o777, 0o700);
+    }
+}
