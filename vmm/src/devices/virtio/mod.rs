@@ -4,11 +4,19 @@
 //! an executor that does the I/O on the device's own thread. The transport ([`mmio`]) owns queues,
 //! features and status for every device. Devices must not import `vm`, `vcpu` or `boot`.
 
+pub mod block;
 pub mod fs;
 pub mod mmio;
+#[cfg(test)]
+mod mock_driver;
+mod queue;
+pub mod rng;
 pub mod vsock;
 
-use std::sync::{Arc, atomic::AtomicU32};
+use std::sync::{
+    Arc,
+    atomic::{AtomicU32, Ordering},
+};
 use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
@@ -27,13 +35,51 @@ pub enum DeviceType {
     FileSystem = 26,
 }
 
-/// How a device's thread tells the driver that it used buffers or changed its configuration.
+/// InterruptStatus bit 0: the device used a buffer.
+const USED_BUFFER: u32 = 1;
+/// InterruptStatus bit 1: the configuration or the device status changed.
+const CONFIGURATION_CHANGE: u32 = 2;
+/// Device status bit (section 2.1): the device met an error from which only a reset recovers.
+const DEVICE_NEEDS_RESET: u32 = 64;
+
+/// How a device's thread tells the driver that it used buffers, or that it cannot go on.
 ///
 /// Sets the bits of InterruptStatus (virtio 1.3, section 4.2.2) and then writes the irqfd.
 #[derive(Debug, Clone)]
 pub struct Interrupt {
-    status: Arc<AtomicU32>,
+    interrupt_status: Arc<AtomicU32>,
+    device_status: Arc<AtomicU32>,
     irqfd: Arc<EventFd>,
+}
+
+impl Interrupt {
+    /// An interrupt that is raised by writing `irqfd`.
+    pub fn new(irqfd: Arc<EventFd>) -> Self {
+        Self {
+            interrupt_status: Arc::default(),
+            device_status: Arc::default(),
+            irqfd,
+        }
+    }
+
+    /// Tells the driver that buffers were used. Call it only when `Queue::needs_notification` says so.
+    pub fn signal_used(&self) {
+        self.raise(USED_BUFFER);
+    }
+
+    /// Tells the driver that the device broke (DEVICE_NEEDS_RESET), after which the device's thread ends.
+    /// This is the answer to a driver that corrupts its queues.
+    pub fn signal_needs_reset(&self) {
+        self.device_status
+            .fetch_or(DEVICE_NEEDS_RESET, Ordering::SeqCst);
+        self.raise(CONFIGURATION_CHANGE);
+    }
+
+    fn raise(&self, cause: u32) {
+        self.interrupt_status.fetch_or(cause, Ordering::SeqCst);
+        // Fails only when the counter is full, and then an interrupt is pending anyway.
+        let _ = self.irqfd.write(1);
+    }
 }
 
 /// One virtqueue that the driver enabled.

@@ -1,0 +1,3 @@
+//! The only architecture-specific code of the VMM.
+
+pub mod x86_64;

@@ -1,0 +1,195 @@
+#![allow(unsafe_code, reason = "adopts the inherited control socket")]
+//! Serves the contract with the parent ([`walnut_vmm_api`]) on the inherited socket.
+//!
+//! The first packet brings the configuration and every file; then requests are answered until the VM ends.
+//! The end of the socket is the end of the parent, and so of the VM. Must not open a path.
+
+use rustix::{
+    io::{Errno, FdFlags, fcntl_setfd},
+    net::{
+        RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags, SocketType,
+        recv, recvmsg, send, sockopt::socket_type,
+    },
+};
+use std::{
+    fs::File,
+    io::IoSliceMut,
+    mem::MaybeUninit,
+    os::fd::{BorrowedFd, FromRawFd, OwnedFd},
+};
+use walnut_vmm_api::{
+    CONTROL_FD, ConfigError, FdSlot, MAX_FDS, MAX_MESSAGE_BYTES, Message, MessageError, Request,
+    VmConfig,
+};
+
+/// Why the conversation with the parent broke.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// Not started by a parent that keeps to the contract.
+    #[error(
+        "file descriptor {CONTROL_FD} is not a SOCK_SEQPACKET socket: walnut-vmm is started by containerd-shim-walnut-v2, not by hand"
+    )]
+    NotASocket,
+    /// The parent hung up before it sent a configuration.
+    #[error("the parent closed the control socket before it sent a configuration")]
+    NoBoot,
+    /// Something else came first.
+    #[error("the first control message is not a configuration")]
+    NotBoot,
+    /// There is one VM in each process.
+    #[error("a second configuration came while the VM runs")]
+    SecondBoot,
+    /// A packet or its descriptors were cut off.
+    #[error(
+        "a control message is larger than {MAX_MESSAGE_BYTES} bytes or has more than {MAX_FDS} file descriptors"
+    )]
+    TooLarge,
+    /// Not this contract's.
+    #[error("the control message makes no sense")]
+    Message(#[from] MessageError),
+    /// The configuration breaks the contract.
+    #[error("the configuration is refused")]
+    Config(#[from] ConfigError),
+    /// A descriptor is named twice, or is not there.
+    #[error("file descriptor {0} of the configuration is not there")]
+    MissingFile(u8),
+    /// The socket failed.
+    #[error("cannot {action} the control socket")]
+    Socket {
+        /// What was attempted.
+        action: &'static str,
+        /// Why it failed.
+        source: Errno,
+    },
+}
+
+/// The files that came with the configuration, by slot.
+#[derive(Debug, Default)]
+pub struct Files(Vec<Option<OwnedFd>>);
+
+impl Files {
+    /// Takes the file out of its slot.
+    pub fn take(&mut self, slot: FdSlot) -> Result<OwnedFd, ControlError> {
+        self.0
+            .get_mut(usize::from(slot.0))
+            .and_then(Option::take)
+            .ok_or(ControlError::MissingFile(slot.0))
+    }
+
+    /// As [`Files::take`], for files that are read or written.
+    pub fn take_file(&mut self, slot: FdSlot) -> Result<File, ControlError> {
+        self.take(slot).map(File::from)
+    }
+}
+
+/// What the parent wants next.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Incoming {
+    /// This.
+    Request(Request),
+    /// Nothing any more: it is gone.
+    Hangup,
+    /// Nothing at the moment.
+    Nothing,
+}
+
+/// The control socket.
+#[derive(Debug)]
+pub struct Control {
+    socket: OwnedFd,
+}
+
+impl Control {
+    /// The socket that the parent left at [`CONTROL_FD`]. Call it once, before any file is opened.
+    pub fn inherited() -> Result<Self, ControlError> {
+        // SAFETY: borrowed for two system calls, which report a descriptor that isn't open.
+        let borrowed = unsafe { BorrowedFd::borrow_raw(CONTROL_FD) };
+        if socket_type(borrowed) != Ok(SocketType::SEQPACKET) {
+            return Err(ControlError::NotASocket);
+        }
+        fcntl_setfd(borrowed, FdFlags::CLOEXEC).map_err(failed("keep to itself"))?;
+        // SAFETY: it is open, as was just seen, and by the contract nobody else in this process owns it.
+        let socket = unsafe { OwnedFd::from_raw_fd(CONTROL_FD) };
+        Ok(Self { socket })
+    }
+
+    /// The other end of a pair, for tests.
+    pub fn new(socket: OwnedFd) -> Self {
+        Self { socket }
+    }
+
+    /// Waits for the configuration and its files. The parent may take its time; its end ends the wait.
+    pub fn receive_boot(&self) -> Result<(VmConfig, Files), ControlError> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let mut packet = vec![0; MAX_MESSAGE_BYTES];
+        let received = loop {
+            let mut parts = [IoSliceMut::new(&mut packet)];
+            match recvmsg(
+                &self.socket,
+                &mut parts,
+                &mut ancillary,
+                RecvFlags::CMSG_CLOEXEC,
+            ) {
+                Err(Errno::INTR) => {}
+                result => break result.map_err(failed("read"))?,
+            }
+        };
+        let mut files = Vec::new();
+        for message in ancillary.drain() {
+            if let RecvAncillaryMessage::ScmRights(descriptors) = message {
+                files.extend(descriptors.map(Some));
+            }
+        }
+        if received.bytes == 0 {
+            return Err(ControlError::NoBoot);
+        }
+        if received
+            .flags
+            .intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC)
+        {
+            return Err(ControlError::TooLarge);
+        }
+        packet.truncate(received.bytes);
+        let Request::Boot(config) = Request::decode(&packet)? else {
+            return Err(ControlError::NotBoot);
+        };
+        config.validate(files.len())?;
+        Ok((config, Files(files)))
+    }
+
+    /// Reads one request if there is one.
+    pub fn receive(&self) -> Result<Incoming, ControlError> {
+        let mut packet = vec![0; MAX_MESSAGE_BYTES];
+        let flags = RecvFlags::DONTWAIT | RecvFlags::TRUNC;
+        match recv(&self.socket, &mut packet[..], flags) {
+            Ok((0, _)) | Err(Errno::CONNRESET) => Ok(Incoming::Hangup),
+            Ok((bytes, length)) if length > bytes => Err(ControlError::TooLarge),
+            Ok((bytes, _)) => Ok(Incoming::Request(Request::decode(&packet[..bytes])?)),
+            Err(Errno::AGAIN | Errno::INTR) => Ok(Incoming::Nothing),
+            Err(source) => Err(failed("read")(source)),
+        }
+    }
+
+    /// Sends one message. A parent that reads none until the socket is full breaks the contract.
+    pub fn send(&self, message: &Message) -> Result<(), ControlError> {
+        let packet = message.encode()?;
+        send(
+            &self.socket,
+            &packet,
+            SendFlags::DONTWAIT | SendFlags::NOSIGNAL,
+        )
+        .map(|_| ())
+        .map_err(failed("write to"))
+    }
+}
+
+impl std::os::fd::AsRawFd for Control {
+    fn as_raw_fd(&self) -> std::os::fd::RawFd {
+        self.socket.as_raw_fd()
+    }
+}
+
+fn failed(action: &'static str) -> impl FnOnce(Errno) -> ControlError {
+    move |source| ControlError::Socket { action, source }
+}

@@ -1,0 +1,5 @@
+//! Devices of the VM. They must not import `vm`, `vcpu` or `boot`.
+
+pub mod reset;
+pub mod serial;
+pub mod virtio;

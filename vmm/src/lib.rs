@@ -1,0 +1,16 @@
+//! The virtual machine monitor of Walnut: one process is one VM.
+//!
+//! A library so that its parts are tested and fuzzed without a VM; the program is `main.rs`.
+
+pub mod arch;
+pub mod boot;
+pub mod bus;
+pub mod control;
+pub mod devices;
+pub mod event_loop;
+pub mod jail;
+pub mod machine;
+pub mod memory;
+pub mod session;
+pub mod vcpu;
+pub mod vm;
