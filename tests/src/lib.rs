@@ -1,1 +1,22 @@
-//! Tests of the built programs.
+//! Tests of the built programs: what a test needs to start them, talk to them and see what they leave.
+//!
+//! The tests know the two contracts and the files that a build installs; they link none of the programs.
+//! Each rung of the ladder has one file in `tests/`, see `docs/testing.md`.
+
+pub mod agent;
+pub mod bundle;
+pub mod command;
+pub mod ctr;
+pub mod deadline;
+pub mod guest;
+pub mod initramfs;
+pub mod leak;
+pub mod memory;
+pub mod mounts;
+pub mod node;
+pub mod processes;
+pub mod programs;
+pub mod requirement;
+pub mod story;
+pub mod task;
+pub mod vmm;

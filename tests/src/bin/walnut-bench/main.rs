@@ -1,0 +1,178 @@
+//! The benchmark: Walnut against runc, and against QEMU's microvm machine with the same kernel and
+//! initramfs, on one machine in one run.
+//!
+//! Runs as root on a node with containerd. Progress and a table go to standard error, the same figures as
+//! JSON to standard output. A measurement that fails is an error, never a zero. Times taken on an emulated
+//! machine mean nothing by themselves: read the ratios.
+
+mod boot;
+mod exits;
+mod idle;
+mod qemu;
+mod report;
+
+use anyhow::{Context, Result, bail, ensure};
+use report::{Report, Row, Samples};
+use std::time::Instant;
+use walnut_tests::{
+    ctr::{BUSYBOX, Runtime},
+    programs::Programs,
+};
+
+/// How often each time is taken, unless `--runs` says otherwise.
+const RUNS: usize = 5;
+
+fn main() -> Result<()> {
+    let runs = runs()?;
+    let programs = Programs::find()?;
+    let mut report = Report::new(runs);
+    start_times(&mut report, &programs, runs)?;
+    exit_counts(&mut report, &programs)?;
+    run_times(&mut report, runs)?;
+    idle_memory(&mut report, &programs)?;
+    eprint!("{}", report.table());
+    println!("{}", report.json());
+    Ok(())
+}
+
+fn runs() -> Result<usize> {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    match words[..] {
+        [] => Ok(RUNS),
+        ["--runs", number] => {
+            let runs = number.parse().context("--runs wants a number")?;
+            ensure!(runs > 0, "--runs wants a number above 0");
+            Ok(runs)
+        }
+        _ => bail!("usage: walnut-bench [--runs N]"),
+    }
+}
+
+fn progress(what: &str) {
+    eprintln!("bench: {what}");
+}
+
+fn start_times(report: &mut Report, programs: &Programs, runs: usize) -> Result<()> {
+    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    for run in 1..=runs {
+        progress(&format!("VMM start to init, {run} of {runs}"));
+        ours.push(boot::walnut(programs)?);
+        theirs.push(boot::qemu(programs)?);
+    }
+    type Figure = fn(&boot::Boot) -> f64;
+    let rows: [(&str, Figure, Option<f64>); 3] = [
+        ("VMM start to init", |boot| boot.to_init_ms, Some(1.0)),
+        ("VMM start to end", |boot| boot.to_end_ms, None),
+        ("guest's own clock at init", |boot| boot.uptime_ms, None),
+    ];
+    for (what, figure, aim) in rows {
+        report.add(Row {
+            what,
+            unit: "ms",
+            walnut: Samples::of(ours.iter().map(figure)),
+            other: Some(("QEMU microvm", Samples::of(theirs.iter().map(figure)))),
+            aim_ratio: aim,
+            aim_most: None,
+        });
+    }
+    Ok(())
+}
+
+fn exit_counts(report: &mut Report, programs: &Programs) -> Result<()> {
+    progress("VM exits from VMM start to end");
+    let ours = exits::during(|| boot::walnut(programs).map(drop))?;
+    let theirs = exits::during(|| boot::qemu(programs).map(drop))?;
+    report.add(Row {
+        what: "VM exits, start to end",
+        unit: "exits",
+        walnut: Samples::of([ours]),
+        other: Some(("QEMU microvm", Samples::of([theirs]))),
+        aim_ratio: None,
+        aim_most: None,
+    });
+    let until_ready = exits::until_agent_answers(programs)?;
+    report.add(Row {
+        what: "VM exits until the agent answers",
+        unit: "exits",
+        walnut: Samples::of([until_ready]),
+        other: None,
+        aim_ratio: None,
+        aim_most: None,
+    });
+    Ok(())
+}
+
+fn run_times(report: &mut Report, runs: usize) -> Result<()> {
+    let once = |runtime: Runtime| {
+        let started = Instant::now();
+        runtime
+            .run(BUSYBOX)
+            .command(&["true"])
+            .finish()?
+            .success()?;
+        anyhow::Ok(started.elapsed().as_secs_f64() * 1000.0)
+    };
+    progress("ctr run, once each to warm up");
+    once(Runtime::Walnut)?;
+    once(Runtime::Runc)?;
+    let (mut walnut, mut runc) = (Vec::new(), Vec::new());
+    for run in 1..=runs {
+        progress(&format!("ctr run, {run} of {runs}"));
+        walnut.push(once(Runtime::Walnut)?);
+        runc.push(once(Runtime::Runc)?);
+    }
+    report.add(Row {
+        what: "ctr run --rm, wall time",
+        unit: "ms",
+        walnut: Samples::of(walnut),
+        other: Some(("runc", Samples::of(runc))),
+        aim_ratio: None,
+        aim_most: None,
+    });
+    Ok(())
+}
+
+fn idle_memory(report: &mut Report, programs: &Programs) -> Result<()> {
+    progress("memory of idle Pods");
+    let walnut = idle::walnut()?;
+    let runc_shim = idle::runc_shim()?;
+    let qemu = idle::qemu(programs)?;
+    let rows = [
+        (
+            "shim, PSS",
+            walnut.shim,
+            Some(("runc's shim", runc_shim)),
+            Some(10.0),
+        ),
+        (
+            "VMM without guest RAM, PSS",
+            walnut.vmm,
+            Some(("QEMU microvm", qemu.vmm)),
+            Some(5.0),
+        ),
+        (
+            "guest RAM touched by an idle Pod",
+            walnut.guest,
+            Some(("QEMU, busybox only", qemu.guest)),
+            None,
+        ),
+        (
+            "idle Pod in all",
+            walnut.shim + walnut.vmm + walnut.guest,
+            None,
+            Some(60.0),
+        ),
+    ];
+    for (what, ours, other, aim_most) in rows {
+        report.add(Row {
+            what,
+            unit: "MiB",
+            walnut: Samples::of([ours]),
+            other: other.map(|(name, figure)| (name, Samples::of([figure]))),
+            aim_ratio: None,
+            aim_most,
+        });
+    }
+    Ok(())
+}

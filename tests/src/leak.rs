@@ -1,0 +1,110 @@
+//! What a test must not leave behind: processes, mounts, cgroups, files, containers, snapshots.
+//!
+//! Compares two moments, so that whatever was there before is nobody's leak.
+
+use crate::{
+    ctr::ctr,
+    deadline::{self, Deadline},
+    processes,
+};
+use anyhow::{Context, Result};
+use std::{cell::RefCell, collections::BTreeSet, fs, path::Path};
+
+/// Directories in which Walnut or containerd keep what belongs to one Pod.
+const STATE: [&str; 4] = [
+    "/run/walnut",
+    "/run/containerd/io.containerd.runtime.v2.task",
+    "/run/containerd/s",
+    "/var/lib/containerd/io.containerd.runtime.v2.task",
+];
+/// Where their mounts are.
+const MOUNTS: [&str; 2] = ["/run/walnut", "/run/containerd"];
+const CGROUPS: &str = "/sys/fs/cgroup";
+
+/// What was there at one moment.
+#[derive(Debug)]
+pub struct Leak {
+    before: BTreeSet<String>,
+}
+
+impl Leak {
+    /// Takes note of what is there now.
+    pub fn watch() -> Result<Self> {
+        Ok(Self { before: observe()? })
+    }
+
+    /// Fails if something is there that wasn't before. A runtime may clean up after its answer, so this
+    /// waits for the last of it.
+    pub fn nothing_left(&self) -> Result<()> {
+        let left = RefCell::new(Vec::new());
+        let gone = deadline::until(
+            "everything to be cleaned up",
+            Deadline::after(deadline::REQUEST),
+            || {
+                let now = observe()?;
+                left.replace(now.difference(&self.before).cloned().collect());
+                Ok(left.borrow().is_empty().then_some(()))
+            },
+        );
+        gone.with_context(|| format!("left behind: {:#?}", left.into_inner()))
+    }
+}
+
+fn observe() -> Result<BTreeSet<String>> {
+    let mut seen = BTreeSet::new();
+    for process in processes::list()? {
+        if process.runs("walnut-vmm") || process.command.contains("containerd-shim-") {
+            seen.insert(format!("process {} {}", process.pid, process.command));
+        }
+    }
+    for path in mount_points()? {
+        if MOUNTS.iter().any(|parent| path.starts_with(parent)) {
+            seen.insert(format!("mount {path}"));
+        }
+    }
+    walk(Path::new(CGROUPS), "cgroup", true, &mut seen);
+    for directory in STATE {
+        walk(Path::new(directory), "file", false, &mut seen);
+    }
+    for line in ctr(&["container", "ls", "--quiet"])?
+        .success()?
+        .text()
+        .lines()
+    {
+        seen.insert(format!("container {line}"));
+    }
+    // Committed snapshots are the images', which stay.
+    for line in ctr(&["snapshot", "ls"])?.success()?.text().lines() {
+        if line.ends_with("Active") {
+            seen.insert(format!("snapshot {line}"));
+        }
+    }
+    Ok(seen)
+}
+
+fn mount_points() -> Result<Vec<String>> {
+    let table = fs::read_to_string("/proc/self/mountinfo").context("cannot read the mounts")?;
+    Ok(table
+        .lines()
+        .filter_map(|line| line.split(' ').nth(4))
+        .map(str::to_owned)
+        .collect())
+}
+
+/// Lists what is below a directory; what vanishes meanwhile isn't there.
+fn walk(directory: &Path, kind: &str, directories_only: bool, seen: &mut BTreeSet<String>) {
+    let Ok(entries) = fs::read_dir(directory) else {
+        return;
+    };
+    for entry in entries.flatten() {
+        let path = entry.path();
+        let is_directory = entry.file_type().is_ok_and(|kind| kind.is_dir());
+        if is_directory || !directories_only {
+            seen.insert(format!("{kind} {}", path.display()));
+        }
+        // A container's root file system is the mount's business.
+        if is_directory && entry.file_name() != "rootfs" {
+            walk(&path, kind, directories_only, seen);
+        }
+    }
+}

@@ -1,0 +1,101 @@
+//! What a process costs, by `/proc/<pid>/smaps` (the kernel's Documentation/filesystems/proc.rst).
+
+use anyhow::{Context, Result, bail, ensure};
+use std::fs;
+
+/// One process' memory in KiB, split into the guest's RAM and all else.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Footprint {
+    /// Proportional set size of all mappings but the guest's RAM.
+    pub overhead_pss_kib: u64,
+    /// Guest RAM that is resident; zero for a process that holds none.
+    pub guest_rss_kib: u64,
+}
+
+/// Measures a process that holds no guest's RAM.
+pub fn of_process(pid: i32) -> Result<Footprint> {
+    split(&smaps(pid)?, None)
+}
+
+/// Measures a process that maps a guest's RAM of this size: one mapping of at least that size.
+pub fn of_vmm(pid: i32, guest_mib: u32) -> Result<Footprint> {
+    split(&smaps(pid)?, Some(u64::from(guest_mib) * 1024)).with_context(|| format!("process {pid}"))
+}
+
+fn smaps(pid: i32) -> Result<String> {
+    fs::read_to_string(format!("/proc/{pid}/smaps"))
+        .with_context(|| format!("cannot read the mappings of process {pid}"))
+}
+
+#[derive(Debug, Default, Clone, Copy)]
+struct Mapping {
+    size_kib: u64,
+    rss_kib: u64,
+    pss_kib: u64,
+}
+
+fn split(smaps: &str, guest_kib: Option<u64>) -> Result<Footprint> {
+    let mut mappings: Vec<Mapping> = Vec::new();
+    for line in smaps.lines() {
+        let Some((key, value)) = line.split_once(':') else {
+            continue;
+        };
+        let kib = value.trim().strip_suffix(" kB").map(str::parse::<u64>);
+        let Some(Ok(kib)) = kib else { continue };
+        if key == "Size" {
+            mappings.push(Mapping::default());
+        }
+        let mapping = mappings.last_mut().context("a value before any mapping")?;
+        match key {
+            "Size" => mapping.size_kib = kib,
+            "Rss" => mapping.rss_kib = kib,
+            "Pss" => mapping.pss_kib = kib,
+            _ => {}
+        }
+    }
+    ensure!(!mappings.is_empty(), "no mappings: the process has ended");
+    let (guest, rest): (Vec<Mapping>, Vec<Mapping>) = mappings
+        .into_iter()
+        .partition(|mapping| guest_kib.is_some_and(|kib| mapping.size_kib >= kib));
+    match (guest_kib, guest.len()) {
+        (None, _) | (Some(_), 1) => {}
+        (Some(kib), found) => bail!("{found} mappings of {kib} KiB or more, not one"),
+    }
+    Ok(Footprint {
+        overhead_pss_kib: rest.iter().map(|mapping| mapping.pss_kib).sum(),
+        guest_rss_kib: guest.iter().map(|mapping| mapping.rss_kib).sum(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SMAPS: &str = "\
+7f0000000000-7f0008000000 rw-s 00000000 00:01 7 /memfd:ram (deleted)
+Size:             131072 kB
+Rss:               40000 kB
+Pss:               40000 kB
+VmFlags: rd wr sh
+7f0009000000-7f0009001000 r-xp 00000000 00:01 8 /usr/bin/thing
+Size:                  4 kB
+Rss:                   4 kB
+Pss:                   2 kB
+";
+
+    #[test]
+    fn guest_ram_is_told_from_the_rest_by_its_size() {
+        let expected = Footprint {
+            overhead_pss_kib: 2,
+            guest_rss_kib: 40000,
+        };
+        assert_eq!(split(SMAPS, Some(131_072)).unwrap(), expected);
+        assert_eq!(split(SMAPS, None).unwrap().overhead_pss_kib, 40002);
+    }
+
+    #[test]
+    fn a_measurement_that_fails_is_an_error_and_not_a_zero() {
+        assert!(split(SMAPS, Some(262_144)).is_err());
+        assert!(split("", None).is_err());
+    }
+}

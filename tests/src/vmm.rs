@@ -1,0 +1,485 @@
+//! Starts `walnut-vmm` as the shim does, and tells its story: boot, wait, ask, end.
+//!
+//! Knows the VMM by its contract alone: one control socket, file descriptors, exit statuses.
+
+use crate::{
+    command::{End, wait_child},
+    deadline::{self, Deadline},
+    mounts::BindMount,
+    programs::Programs,
+};
+use anyhow::{Context, Result, bail, ensure};
+use rustix::{
+    fs::{Mode, OFlags},
+    net::{
+        AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags,
+        SocketType, sendmsg, socketpair,
+    },
+};
+use std::{
+    fs::{self, File, OpenOptions},
+    io::IoSlice,
+    mem::MaybeUninit,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::{UnixDatagram, UnixListener},
+    },
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+};
+use tempfile::TempDir;
+use walnut_vmm_api::{
+    DiskConfig, FdSlot, MAX_MESSAGE_BYTES, Message, Request, ShareConfig, VmConfig, VmmExit,
+    VsockConfig,
+};
+
+/// What each guest of a test is told first; the shim says the same.
+pub const CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=k random.trust_cpu=on";
+/// Context id of every test's guest: nothing on the host sees it.
+const GUEST_CID: u32 = 3;
+/// Tag of the shared directory.
+pub const SHARE_TAG: &str = "walnut";
+
+/// What makes the agent say one line and power off.
+pub const PROBE_WORD: &str = "walnut.mode=probe";
+
+/// A VM to be.
+#[derive(Debug, Clone)]
+pub struct VmBuilder {
+    vmm: PathBuf,
+    kernel: PathBuf,
+    initramfs: PathBuf,
+    cmdline: String,
+    kvm: PathBuf,
+    vcpus: u8,
+    memory_mib: u32,
+    vsock: bool,
+    share: bool,
+    disks: Vec<(PathBuf, bool)>,
+    console: Option<PathBuf>,
+}
+
+impl VmBuilder {
+    /// A guest whose agent says one line on the console and powers off.
+    pub fn probe(programs: &Programs) -> Self {
+        Self::new(programs).word(PROBE_WORD)
+    }
+
+    /// A guest whose agent listens, with a socket device and a shared directory.
+    pub fn agent(programs: &Programs) -> Self {
+        Self {
+            vsock: true,
+            share: true,
+            ..Self::new(programs)
+        }
+    }
+
+    /// A guest that boots this initramfs instead of the agent's.
+    pub fn with_initramfs(programs: &Programs, initramfs: &Path) -> Self {
+        Self::new(programs).initramfs(initramfs)
+    }
+
+    fn new(programs: &Programs) -> Self {
+        Self {
+            vmm: programs.vmm.clone(),
+            kernel: programs.kernel.clone(),
+            initramfs: programs.initramfs.clone(),
+            cmdline: CMDLINE.to_owned(),
+            kvm: "/dev/kvm".into(),
+            vcpus: 1,
+            memory_mib: 128,
+            vsock: false,
+            share: false,
+            disks: Vec::new(),
+            console: None,
+        }
+    }
+
+    /// Adds a word to the kernel's command line.
+    #[must_use]
+    pub fn word(mut self, word: &str) -> Self {
+        self.cmdline.push(' ');
+        self.cmdline.push_str(word);
+        self
+    }
+
+    /// Sets the number of vCPUs.
+    #[must_use]
+    pub fn vcpus(mut self, vcpus: u8) -> Self {
+        self.vcpus = vcpus;
+        self
+    }
+
+    /// Sets the size of guest RAM.
+    #[must_use]
+    pub fn memory_mib(mut self, memory_mib: u32) -> Self {
+        self.memory_mib = memory_mib;
+        self
+    }
+
+    /// Boots this file as the kernel.
+    #[must_use]
+    pub fn kernel(mut self, kernel: &Path) -> Self {
+        kernel.clone_into(&mut self.kernel);
+        self
+    }
+
+    /// Boots this file as the initramfs.
+    #[must_use]
+    pub fn initramfs(mut self, initramfs: &Path) -> Self {
+        initramfs.clone_into(&mut self.initramfs);
+        self
+    }
+
+    /// Passes this file as `/dev/kvm`.
+    #[must_use]
+    pub fn kvm(mut self, kvm: &Path) -> Self {
+        kvm.clone_into(&mut self.kvm);
+        self
+    }
+
+    /// Writes the console to this file instead of one that [`Vm::console`] reads.
+    #[must_use]
+    pub fn console(mut self, console: &Path) -> Self {
+        self.console = Some(console.to_owned());
+        self
+    }
+
+    /// Adds a disk that the guest may only read.
+    #[must_use]
+    pub fn read_only_disk(mut self, file: &Path) -> Self {
+        self.disks.push((file.to_owned(), true));
+        self
+    }
+
+    /// Adds a disk that the guest may read and write.
+    #[must_use]
+    pub fn writable_disk(mut self, file: &Path) -> Self {
+        self.disks.push((file.to_owned(), false));
+        self
+    }
+
+    /// Starts the VMM and sends it this VM; the answer is still to come.
+    pub fn start(&self) -> Result<Vm> {
+        let vm = Vm::start_bare(&self.vmm)?;
+        self.boot(vm)
+    }
+
+    fn boot(&self, mut vm: Vm) -> Result<Vm> {
+        let mut fds = FdArray::default();
+        let config = VmConfig {
+            vcpus: self.vcpus,
+            memory_mib: self.memory_mib,
+            cmdline: self.cmdline.clone(),
+            kvm: fds.open(&self.kvm, OpenOptions::new().read(true).write(true))?,
+            kernel: fds.open(&self.kernel, OpenOptions::new().read(true))?,
+            initramfs: Some(fds.open(&self.initramfs, OpenOptions::new().read(true))?),
+            console: fds.open(
+                &self.console.clone().unwrap_or_else(|| vm.console_path()),
+                OpenOptions::new().append(true).create(true),
+            )?,
+            vsock: self.vsock.then(|| vm.listen(&mut fds)).transpose()?,
+            share: self.share.then(|| vm.share(&mut fds)).transpose()?,
+            disks: self.open_disks(&mut fds)?,
+        };
+        vm.send(&Request::Boot(config), &fds.0)?;
+        Ok(vm)
+    }
+
+    fn open_disks(&self, fds: &mut FdArray) -> Result<Vec<DiskConfig>> {
+        let mut disks = Vec::new();
+        for (index, (path, read_only)) in self.disks.iter().enumerate() {
+            disks.push(DiskConfig {
+                file: fds.open(path, OpenOptions::new().read(true).write(!read_only))?,
+                read_only: *read_only,
+                serial: format!("disk{index}"),
+            });
+        }
+        Ok(disks)
+    }
+}
+
+/// The file descriptors that travel with one message.
+#[derive(Debug, Default)]
+struct FdArray(Vec<OwnedFd>);
+
+impl FdArray {
+    fn push(&mut self, fd: impl Into<OwnedFd>) -> Result<FdSlot> {
+        let slot = u8::try_from(self.0.len()).context("too many file descriptors")?;
+        self.0.push(fd.into());
+        Ok(FdSlot(slot))
+    }
+
+    fn open(&mut self, path: &Path, options: &OpenOptions) -> Result<FdSlot> {
+        let file: File = options
+            .open(path)
+            .with_context(|| format!("cannot open {}", path.display()))?;
+        self.push(file)
+    }
+}
+
+/// A VMM that runs; it is killed, and what was made for it removed, when this value goes.
+#[derive(Debug)]
+pub struct Vm {
+    child: Child,
+    control: Option<UnixDatagram>,
+    seen: Vec<Message>,
+    share: Option<BindMount>,
+    directory: TempDir,
+}
+
+/// How a VMM ended, and what it and its guest said.
+#[derive(Debug)]
+pub struct Ended {
+    /// How the process ended.
+    pub end: End,
+    /// What that means by the contract; `None` for a fault of the VMM itself.
+    pub status: Option<VmmExit>,
+    /// Every message that came on the control socket.
+    pub messages: Vec<Message>,
+    /// The guest's serial console.
+    pub console: String,
+    /// The VMM's standard error.
+    pub stderr: String,
+}
+
+impl Vm {
+    /// Starts the VMM with a control socket on which nothing has been sent yet.
+    pub fn start_bare(vmm: &Path) -> Result<Self> {
+        let directory = TempDir::with_prefix("walnut-vm-").context("cannot make a directory")?;
+        let (own, theirs) = socketpair(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        )
+        .context("cannot make a control socket")?;
+        let stderr = File::create(directory.path().join("stderr")).context("no stderr file")?;
+        // The shell puts the socket where the contract wants it and becomes the VMM.
+        let child = Command::new("/bin/sh")
+            .args(["-c", "exec \"$0\" 3<&0 </dev/null"])
+            .arg(vmm)
+            .stdin(theirs)
+            .stdout(Stdio::null())
+            .stderr(stderr)
+            .spawn()
+            .context("cannot start the VMM")?;
+        Ok(Self {
+            child,
+            // The calls that this type is used for (send, recv with a timeout) are those of SEQPACKET too.
+            control: Some(own.into()),
+            seen: Vec::new(),
+            share: None,
+            directory,
+        })
+    }
+
+    /// The VMM's process id.
+    pub fn pid(&self) -> Result<i32> {
+        i32::try_from(self.child.id()).context("a process id that is none")
+    }
+
+    /// Where the VMM listens for connections to the guest.
+    pub fn socket_path(&self) -> PathBuf {
+        self.directory.path().join("vsock")
+    }
+
+    /// The directory that the guest sees by its shared file system.
+    pub fn share_path(&self) -> PathBuf {
+        self.directory.path().join("share")
+    }
+
+    /// What the guest has written to its console by now.
+    pub fn console(&self) -> String {
+        read_lossy(&self.console_path())
+    }
+
+    fn console_path(&self) -> PathBuf {
+        self.directory.path().join("console")
+    }
+
+    fn listen(&self, fds: &mut FdArray) -> Result<VsockConfig> {
+        let listener = UnixListener::bind(self.socket_path()).context("cannot listen")?;
+        Ok(VsockConfig {
+            cid: GUEST_CID,
+            listener: fds.push(listener)?,
+        })
+    }
+
+    fn share(&mut self, fds: &mut FdArray) -> Result<ShareConfig> {
+        let path = self.share_path();
+        fs::create_dir(&path).context("cannot make the share")?;
+        self.share = Some(BindMount::shared(&path)?);
+        let directory = rustix::fs::open(
+            &path,
+            OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )
+        .context("cannot open the share")?;
+        Ok(ShareConfig {
+            tag: SHARE_TAG.to_owned(),
+            directory: fds.push(directory)?,
+        })
+    }
+
+    /// Sends one request.
+    pub fn ask(&mut self, request: &Request) -> Result<()> {
+        self.send(request, &[])
+    }
+
+    fn send(&mut self, request: &Request, fds: &[OwnedFd]) -> Result<()> {
+        let packet = request.encode().context("cannot encode a request")?;
+        self.send_raw(&packet, fds)
+    }
+
+    /// Sends any bytes with any file descriptors.
+    pub fn send_raw(&mut self, packet: &[u8], fds: &[OwnedFd]) -> Result<()> {
+        let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(64))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        if !borrowed.is_empty() {
+            ensure!(
+                ancillary.push(SendAncillaryMessage::ScmRights(&borrowed)),
+                "too many file descriptors for one message"
+            );
+        }
+        let control = self
+            .control
+            .as_ref()
+            .context("the control socket is closed")?;
+        let sent = sendmsg(
+            control,
+            &[IoSlice::new(packet)],
+            &mut ancillary,
+            SendFlags::NOSIGNAL,
+        )
+        .context("cannot send to the VMM")?;
+        ensure!(sent == packet.len(), "a packet was cut");
+        Ok(())
+    }
+
+    /// The next message; `None` once the VMM has closed its end.
+    pub fn receive(&mut self, deadline: Deadline) -> Result<Option<Message>> {
+        let control = self
+            .control
+            .as_ref()
+            .context("the control socket is closed")?;
+        let left = deadline.left();
+        ensure!(!left.is_zero(), "no message from the VMM by the deadline");
+        control
+            .set_read_timeout(Some(left))
+            .context("cannot set a timeout")?;
+        let mut packet = vec![0; MAX_MESSAGE_BYTES];
+        let length = match control.recv(&mut packet) {
+            Ok(length) => length,
+            // The peer ended with packets of ours unread.
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => 0,
+            Err(error) => return Err(error).context("no message from the VMM"),
+        };
+        if length == 0 {
+            return Ok(None);
+        }
+        let message = Message::decode(&packet[..length]).context("the VMM sent no message")?;
+        self.seen.push(message.clone());
+        Ok(Some(message))
+    }
+
+    /// Reads messages until `expected` comes; anything but the end may come before it.
+    pub fn expect(&mut self, expected: &Message) -> Result<()> {
+        let deadline = Deadline::after(deadline::BOOT);
+        while let Some(message) = self.receive(deadline)? {
+            if message == *expected {
+                return Ok(());
+            }
+        }
+        let ended = self.end(deadline)?;
+        bail!("the VMM ended before it said {expected:?}: {ended:?}");
+    }
+
+    /// Waits until the agent listens.
+    pub fn wait_until_ready(&mut self) -> Result<()> {
+        self.expect(&Message::GuestReady)
+    }
+
+    /// Waits until the guest has written `text` to its console.
+    pub fn wait_for_console(&mut self, text: &str) -> Result<()> {
+        let deadline = Deadline::after(deadline::BOOT);
+        let (child, path) = (&mut self.child, self.directory.path().join("console"));
+        deadline::until(&format!("{text:?} on the console"), deadline, || {
+            // The process is looked at first: what it wrote before it ended is then in the file.
+            let ended = child.try_wait().context("cannot look at the VMM")?;
+            let console = read_lossy(&path);
+            match (console.contains(text), ended) {
+                (true, _) => Ok(Some(())),
+                (false, Some(status)) => {
+                    bail!("the VMM ended ({status}) before {text:?} was on the console: {console}")
+                }
+                (false, None) => Ok(None),
+            }
+        })
+    }
+
+    /// Closes the test's end of the control socket, as the shim's death does.
+    pub fn abandon(&mut self) {
+        self.control = None;
+    }
+
+    /// Kills the VMM.
+    pub fn kill(&mut self) -> Result<()> {
+        self.child.kill().context("cannot kill the VMM")
+    }
+
+    /// Reads all messages, waits for the VMM's end, and tells how it went.
+    pub fn wait(mut self) -> Result<Ended> {
+        let deadline = Deadline::after(deadline::BOOT);
+        while self.control.is_some() && self.receive(deadline)?.is_some() {}
+        self.end(deadline)
+    }
+
+    fn end(&mut self, deadline: Deadline) -> Result<Ended> {
+        let status = wait_child(&mut self.child, deadline)?.with_context(|| {
+            let console = self.console();
+            format!("the VMM did not end by the deadline; console: {console}")
+        })?;
+        Ok(Ended {
+            end: status.into(),
+            status: status.code().and_then(VmmExit::from_code),
+            messages: std::mem::take(&mut self.seen),
+            console: self.console(),
+            stderr: read_lossy(&self.directory.path().join("stderr")),
+        })
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Ended {
+    /// Fails unless the VMM ended so.
+    pub fn ends_with(&self, expected: VmmExit) -> Result<&Self> {
+        ensure!(
+            self.status == Some(expected),
+            "expected the end {expected:?}, but it was {self:?}"
+        );
+        Ok(self)
+    }
+
+    /// Fails unless the VMM said at most `lines` lines on standard error, each of them its own.
+    pub fn says_at_most(&self, lines: usize) -> Result<&Self> {
+        let said: Vec<_> = self.stderr.lines().collect();
+        ensure!(
+            said.len() <= lines && said.iter().all(|line| line.starts_with("walnut-vmm: ")),
+            "expected {lines} lines of the VMM's on stderr: {:?}",
+            self.stderr
+        );
+        Ok(self)
+    }
+}
+
+fn read_lossy(path: &Path) -> String {
+    String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned()
+}

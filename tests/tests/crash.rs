@@ -1,0 +1,135 @@
+//! What breaks, and what must then be left: one clear line for the user, and nothing on the machine.
+
+use anyhow::{Context, Result, ensure};
+use rustix::process::Signal;
+use std::path::Path;
+use walnut_tests::{
+    command::{End, Output},
+    ctr::{BUSYBOX, Runtime, ctr},
+    deadline::{self, Deadline},
+    leak::Leak,
+    node::{Hidden, NodeConfig, nullify},
+    requirement,
+};
+
+#[test]
+fn a_killed_vmm_ends_its_container_with_137() -> Result<()> {
+    if requirement::containerd()?.is_none() {
+        return Ok(());
+    }
+    let leak = Leak::watch()?;
+    let sleeps = || Runtime::Walnut.run(BUSYBOX).command(&["sleep", "100000"]);
+
+    // In the background: the task stays, stopped, until it is removed.
+    let container = sleeps().detach()?;
+    container.vmm()?.kill(Signal::KILL)?;
+    container.wait_for("STOPPED")?;
+    container.remove_task()?.exits(137)?;
+    container.remove()?;
+    leak.nothing_left()?;
+
+    // In the foreground, with a process added.
+    let (container, running) = sleeps().start()?;
+    container.wait_for("RUNNING")?;
+    let vmm = container.vmm()?;
+    let added = std::thread::scope(|scope| {
+        let exec = scope.spawn(|| container.shell("echo added; sleep 100000"));
+        deadline::until("the added process", Deadline::after(deadline::BOOT), || {
+            let list = ctr(&["task", "ps", container.id()])?.success()?.text();
+            Ok((list.lines().count() >= 3).then_some(()))
+        })?;
+        vmm.kill(Signal::KILL)?;
+        exec.join()
+            .map_err(|_| anyhow::anyhow!("a thread panicked"))?
+    })?;
+    added.exits(137)?;
+    running
+        .wait(Deadline::after(deadline::REQUEST))?
+        .exits(137)?;
+    leak.nothing_left()
+}
+
+#[test]
+fn a_killed_shim_takes_its_vm_along() -> Result<()> {
+    if requirement::containerd()?.is_none() {
+        return Ok(());
+    }
+    let leak = Leak::watch()?;
+    let (container, running) = Runtime::Walnut
+        .run(BUSYBOX)
+        .command(&["sleep", "100000"])
+        .start()?;
+    container.wait_for("RUNNING")?;
+    let vmm = container.vmm()?;
+    container.shim()?.kill(Signal::KILL)?;
+    let output = running.wait(Deadline::after(deadline::BOOT))?;
+    ensure!(output.end != End::Exited(0), "{output:?}");
+    deadline::until("the VMM's end", Deadline::after(deadline::REQUEST), || {
+        let gone = !Path::new(&format!("/proc/{}", vmm.pid)).exists();
+        Ok(gone.then_some(()))
+    })?;
+    drop(container);
+    leak.nothing_left()
+}
+
+/// `ctr run` of a container that cannot start.
+fn refused() -> Result<Output> {
+    Runtime::Walnut
+        .run(BUSYBOX)
+        .command(&["true"])
+        .finish()
+        .context("ctr run")
+}
+
+/// One line that names what is wrong, and nothing on the machine.
+fn says(words: &[&str], leak: &Leak) -> Result<()> {
+    let output = refused()?;
+    ensure!(output.end == End::Exited(1), "{output:?}");
+    ensure!(output.stderr.trim_end().lines().count() == 1, "{output:?}");
+    for word in words {
+        ensure!(
+            output.stderr.contains(word),
+            "{word:?} is not in {output:?}"
+        );
+    }
+    leak.nothing_left()
+}
+
+#[test]
+fn a_wrong_configuration_is_named() -> Result<()> {
+    if requirement::containerd()?.is_none() {
+        return Ok(());
+    }
+    let leak = Leak::watch()?;
+    let cases: [(&str, &[&str]); 6] = [
+        ("kernel = \"/no/such/kernel\"", &["/no/such/kernel"]),
+        (
+            "initramfs = \"/no/such/initramfs\"",
+            &["/no/such/initramfs"],
+        ),
+        ("vmm = \"/no/such/vmm\"", &["/no/such/vmm"]),
+        ("kernel = \"/etc/passwd\"", &["/etc/passwd"]),
+        ("turbo = true", &["/etc/walnut/config.toml", "turbo"]),
+        ("memory_mib = 1", &["/etc/walnut/config.toml", "memory_mib"]),
+    ];
+    for (config, words) in cases {
+        let _config = NodeConfig::write(config)?;
+        says(words, &leak).with_context(|| format!("with {config}"))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_machine_without_kvm_is_named() -> Result<()> {
+    if requirement::containerd()?.is_none() {
+        return Ok(());
+    }
+    let leak = Leak::watch()?;
+    let device = Path::new("/dev/kvm");
+    {
+        let _absent = Hidden::new(device)?;
+        says(&["/dev/kvm"], &leak).context("absent")?;
+    }
+    let _null = nullify(device)?;
+    says(&["KVM"], &leak).context("not KVM")
+}

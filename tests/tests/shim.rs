@@ -1,0 +1,203 @@
+//! The shim without containerd's daemon as its caller: its command line, and its server over ttrpc.
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+use std::{fs, os::unix::net::UnixStream, path::Path, process::Command};
+use tempfile::TempDir;
+use walnut_agent_api::containerd::{
+    api::{CreateTaskRequest, DeleteResponse, ShutdownRequest},
+    protobuf::Message,
+    shim_async::TaskClient,
+    ttrpc,
+    types::introspection::RuntimeInfo,
+};
+use walnut_tests::{
+    bundle::{Spec, busybox_rootfs},
+    command::{self, End, Output},
+    ctr::Runtime,
+    deadline::{self, Deadline},
+    leak::Leak,
+    programs::Programs,
+    requirement::{self, CONTAINERD_SOCKET},
+    task::{Stdio, Tasks, refused},
+};
+
+const NAMESPACE: &str = "walnut-tests";
+
+/// A bundle, as containerd lays it out, and its name.
+struct Bundle {
+    directory: TempDir,
+    id: String,
+}
+
+impl Bundle {
+    fn new(programs: &Programs, spec: impl FnOnce(Spec) -> Spec) -> Result<Self> {
+        let directory = TempDir::with_prefix("walnut-bundle-")?;
+        let rootfs = directory.path().join("rootfs");
+        fs::create_dir(&rootfs)?;
+        busybox_rootfs(&programs.busybox, &rootfs)?;
+        let spec = spec(Spec::new("rootfs", &["sh", "-c", "uname -r; exit 42"]));
+        fs::write(directory.path().join("config.json"), spec.to_json())?;
+        let id = format!("test-shim-{}", std::process::id());
+        Ok(Self { directory, id })
+    }
+
+    fn path(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// Runs the shim's program as containerd would for this bundle.
+    fn shim(&self, programs: &Programs, words: &[&str]) -> Result<Output> {
+        let mut shim = Command::new(&programs.shim);
+        shim.args(["-namespace", NAMESPACE, "-id", &self.id])
+            .args(["-address", CONTAINERD_SOCKET])
+            .args(["-publish-binary", "/usr/bin/containerd"])
+            .args(words)
+            .current_dir(self.path())
+            .env("TTRPC_ADDRESS", format!("{CONTAINERD_SOCKET}.ttrpc"))
+            .env("GRPC_ADDRESS", CONTAINERD_SOCKET)
+            .env("NAMESPACE", NAMESPACE)
+            .env("MAX_SHIM_VERSION", "2");
+        command::run(&mut shim, Vec::new(), Deadline::after(deadline::REQUEST))
+    }
+
+    /// `start`, and a connection to the server.
+    fn start(&self, programs: &Programs) -> Result<Tasks> {
+        let reply = self.shim(programs, &["start"])?.success()?;
+        // containerd reads both streams as one reply.
+        ensure!(reply.stderr.is_empty(), "{reply:?}");
+        let parsed: Value = serde_json::from_slice(&reply.stdout)
+            .with_context(|| format!("the reply is no JSON: {:?}", reply.text()))?;
+        ensure!(
+            parsed["version"] == 3 && parsed["protocol"] == "ttrpc",
+            "{parsed}"
+        );
+        let address = parsed["address"].as_str().unwrap_or_default();
+        let path = address.strip_prefix("unix://").context("no Unix address")?;
+        Tasks::over(UnixStream::connect(path).context("nobody listens")?)
+    }
+
+    fn request(&self, stdio: &Stdio) -> CreateTaskRequest {
+        CreateTaskRequest {
+            id: self.id.clone(),
+            bundle: self.path().display().to_string(),
+            stdin: stdio.stdin.clone(),
+            stdout: stdio.stdout.clone(),
+            stderr: stdio.stderr.clone(),
+            ..Default::default()
+        }
+    }
+
+    fn shut_down(&self, tasks: &Tasks) -> Result<()> {
+        let request = ShutdownRequest {
+            id: self.id.clone(),
+            ..Default::default()
+        };
+        // The server may be gone before its answer is out.
+        let _ = tasks.call(|client, context| async move {
+            TaskClient::new(client).shutdown(context, &request).await
+        });
+        Ok(())
+    }
+}
+
+#[test]
+fn it_says_what_it_is() -> Result<()> {
+    let Some(programs) = requirement::containerd()? else {
+        return Ok(());
+    };
+    let mut shim = Command::new(&programs.shim);
+    let deadline = Deadline::after(deadline::REQUEST);
+    let output = command::run(shim.arg("-info"), Vec::new(), deadline)?.success()?;
+    let info = RuntimeInfo::parse_from_bytes(&output.stdout).context("no RuntimeInfo")?;
+    ensure!(info.name == Runtime::Walnut.name(), "{info}");
+    ensure!(!info.version.version.is_empty(), "{info}");
+    Ok(())
+}
+
+#[test]
+fn a_wrong_command_line_is_one_line_and_nothing_more() -> Result<()> {
+    let Some(programs) = requirement::containerd()? else {
+        return Ok(());
+    };
+    let leak = Leak::watch()?;
+    let cases: [(&[&str], &str); 5] = [
+        (&["-turbo", "start"], "-turbo"),
+        (&["restart"], "restart"),
+        (&["-id", "../../etc", "start"], "../../etc"),
+        (&["-namespace", "", "start"], "-namespace"),
+        (&["-id"], "-id"),
+    ];
+    let bundle = Bundle::new(&programs, |spec| spec)?;
+    for (words, named) in cases {
+        let output = bundle.shim(&programs, words)?;
+        ensure!(output.end != End::Exited(0), "{words:?}: {output:?}");
+        let said = format!("{}{}", output.text(), output.stderr);
+        ensure!(said.trim_end().lines().count() == 1, "{words:?}: {said:?}");
+        ensure!(said.contains(named), "{words:?}: {said:?}");
+    }
+    leak.nothing_left()
+}
+
+#[test]
+fn delete_succeeds_twice_where_nothing_is() -> Result<()> {
+    let Some(programs) = requirement::containerd()? else {
+        return Ok(());
+    };
+    let leak = Leak::watch()?;
+    let bundle = Bundle::new(&programs, |spec| spec)?;
+    for _ in 0..2 {
+        let output = bundle.shim(&programs, &["delete"])?.success()?;
+        let response = DeleteResponse::parse_from_bytes(&output.stdout)?;
+        ensure!(response.exit_status == 137, "{response}");
+    }
+    leak.nothing_left()
+}
+
+#[test]
+fn a_container_runs_from_its_bundle() -> Result<()> {
+    let Some(programs) = requirement::containerd()? else {
+        return Ok(());
+    };
+    let leak = Leak::watch()?;
+    let bundle = Bundle::new(&programs, |spec| spec)?;
+    let tasks = bundle.start(&programs)?;
+    let id = bundle.id.as_str();
+    refused(tasks.state(id, ""), ttrpc::Code::NOT_FOUND, &[id])?;
+
+    let stdout = bundle.path().join("stdout");
+    rustix::fs::mkfifoat(rustix::fs::CWD, &stdout, rustix::fs::Mode::RWXU)?;
+    let stdio = Stdio {
+        stdout: stdout.display().to_string(),
+        ..Stdio::default()
+    };
+    let reader = std::thread::spawn(move || fs::read_to_string(stdout));
+    let pid = tasks.create(&bundle.request(&stdio))?;
+    ensure!(pid > 0, "no pid");
+    tasks.start(id, "")?;
+    ensure!(tasks.wait(id, "")? == 42, "no 42");
+    ensure!(tasks.delete(id, "")? == 42, "no 42");
+    let text = reader
+        .join()
+        .map_err(|_| anyhow::anyhow!("a reader panicked"))??;
+    ensure!(!text.trim().is_empty(), "no output");
+    bundle.shut_down(&tasks)?;
+    bundle.shim(&programs, &["delete"])?.success()?;
+    leak.nothing_left()
+}
+
+#[test]
+fn what_a_bundle_asks_for_in_vain_is_named() -> Result<()> {
+    let Some(programs) = requirement::containerd()? else {
+        return Ok(());
+    };
+    let leak = Leak::watch()?;
+    let seccomp = json!({ "defaultAction": "SCMP_ACT_ERRNO" });
+    let bundle = Bundle::new(&programs, |spec| spec.with("/linux/seccomp", seccomp))?;
+    let tasks = bundle.start(&programs)?;
+    let answer = tasks.create(&bundle.request(&Stdio::default()));
+    refused(answer, ttrpc::Code::UNIMPLEMENTED, &["seccomp"])?;
+    bundle.shut_down(&tasks)?;
+    bundle.shim(&programs, &["delete"])?.success()?;
+    leak.nothing_left()
+}
