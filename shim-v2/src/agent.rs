@@ -263,6 +263,24 @@ impl Agent {
         Ok(())
     }
 
+    /// Freezes a container.
+    pub(crate) async fn pause(&self, request: &api::PauseRequest) -> Result<(), AgentError> {
+        call("Pause", CALL_DEADLINE, |context| {
+            self.task.pause(context, request)
+        })
+        .await?;
+        Ok(())
+    }
+
+    /// Thaws a container.
+    pub(crate) async fn resume(&self, request: &api::ResumeRequest) -> Result<(), AgentError> {
+        call("Resume", CALL_DEADLINE, |context| {
+            self.task.resume(context, request)
+        })
+        .await?;
+        Ok(())
+    }
+
     /// Forwards a request to change a container's limits.
     pub(crate) async fn update(&self, request: &api::UpdateTaskRequest) -> Result<(), AgentError> {
         call("Update", CALL_DEADLINE, |context| {

@@ -239,7 +239,7 @@ impl Sandbox {
             // Added and never started.
             ProcessState::Created => Exit::now(0),
             ProcessState::Stopped(exit) | ProcessState::Reported(exit) => exit,
-            ProcessState::Starting | ProcessState::Running => {
+            ProcessState::Starting | ProcessState::Running | ProcessState::Paused => {
                 return Err(state_error("delete", process.exec_id(), state.name()));
             }
         };
@@ -276,6 +276,40 @@ impl Sandbox {
         }
         let machine = self.living()?;
         machine.ask(machine.agent().resize_pty(&request)).await
+    }
+
+    /// Pause.
+    pub(crate) async fn pause(
+        self: Arc<Self>,
+        request: api::PauseRequest,
+    ) -> Result<(), ShimError> {
+        let init = Arc::clone(&self.container(&request.id)?.init);
+        let state = init.state();
+        if state != ProcessState::Running {
+            return Err(state_error("pause", &request.id, state.name()));
+        }
+        let machine = self.living()?;
+        machine.ask(machine.agent().pause(&request)).await?;
+        init.paused();
+        self.events.paused(&request.id);
+        Ok(())
+    }
+
+    /// Resume.
+    pub(crate) async fn resume(
+        self: Arc<Self>,
+        request: api::ResumeRequest,
+    ) -> Result<(), ShimError> {
+        let init = Arc::clone(&self.container(&request.id)?.init);
+        let state = init.state();
+        if state != ProcessState::Paused {
+            return Err(state_error("resume", &request.id, state.name()));
+        }
+        let machine = self.living()?;
+        machine.ask(machine.agent().resume(&request)).await?;
+        init.resumed();
+        self.events.resumed(&request.id);
+        Ok(())
     }
 
     /// Update.

@@ -241,16 +241,8 @@ mod tests {
 
     #[test]
     fn paths_that_leave_the_hierarchy_are_refused() {
-        for text in [
-            "/",
-            "..",
-            "/a/../../b",
-            "a--b.slice:x:y",
-            "noslice:x:y",
-            "a.slice:x:..",
-        ] {
-            let path = path_of(text);
-            assert!(path.is_none() || text == "a.slice:x:..", "{text}: {path:?}");
+        for text in ["/", "..", "/a/../../b", "a--b.slice:x:y", "noslice:x:y"] {
+            assert_eq!(path_of(text), None, "{text}");
         }
     }
 

@@ -45,6 +45,8 @@ pub(crate) enum ProcessState {
     Starting,
     /// It runs, and containerd has been told.
     Running,
+    /// Its container is frozen.
+    Paused,
     /// It has ended, and its exit is on its way to containerd.
     Stopped(Exit),
     /// Its exit has been told: who waits may be answered.
@@ -82,6 +84,7 @@ impl ProcessState {
         match self {
             Self::Created | Self::Starting => Status::CREATED,
             Self::Running => Status::RUNNING,
+            Self::Paused => Status::PAUSED,
             Self::Stopped(_) | Self::Reported(_) => Status::STOPPED,
         }
     }
@@ -92,6 +95,7 @@ impl ProcessState {
             Self::Created => "created",
             Self::Starting => "starting",
             Self::Running => "running",
+            Self::Paused => "paused",
             Self::Stopped(_) | Self::Reported(_) => "stopped",
         }
     }
@@ -100,7 +104,7 @@ impl ProcessState {
     pub(crate) fn exit(self) -> Option<Exit> {
         match self {
             Self::Stopped(exit) | Self::Reported(exit) => Some(exit),
-            Self::Created | Self::Starting | Self::Running => None,
+            Self::Created | Self::Starting | Self::Running | Self::Paused => None,
         }
     }
 }
@@ -176,6 +180,18 @@ impl Process {
         let _ = self.advance(ProcessState::Running, |state| {
             state == ProcessState::Starting
         });
+    }
+
+    /// Its container was frozen. Too late if it has ended meanwhile.
+    pub(crate) fn paused(&self) {
+        // A process that has stopped stays so.
+        let _ = self.advance(ProcessState::Paused, |state| state == ProcessState::Running);
+    }
+
+    /// Its container was thawed. Too late if it has ended meanwhile.
+    pub(crate) fn resumed(&self) {
+        // A process that has stopped stays so.
+        let _ = self.advance(ProcessState::Running, |state| state == ProcessState::Paused);
     }
 
     /// It has ended; answers whether that is news.
@@ -300,6 +316,10 @@ mod tests {
         process.begin_start().unwrap();
         assert_eq!(process.begin_start(), Err(ProcessState::Starting));
         process.started();
+        assert_eq!(process.state(), ProcessState::Running);
+        process.paused();
+        assert_eq!(process.state(), ProcessState::Paused);
+        process.resumed();
         assert_eq!(process.state(), ProcessState::Running);
         let exit = Exit::now(3);
         assert!(process.stopped(exit));

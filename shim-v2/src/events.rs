@@ -9,7 +9,8 @@ use crate::container::{Exit, Process};
 use containerd_shim_protos::{
     api::{CreateTaskRequest, ForwardRequest},
     events::task::{
-        TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskStart,
+        TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskPaused,
+        TaskResumed, TaskStart,
     },
     shim::event::Envelope,
     shim_async::EventsClient,
@@ -134,6 +135,32 @@ impl Events {
         self.publish(
             topics::TASK_EXEC_STARTED_EVENT_TOPIC,
             "containerd.events.TaskExecStarted",
+            &event,
+        );
+    }
+
+    /// A container was frozen.
+    pub(crate) fn paused(&self, container_id: &str) {
+        let event = TaskPaused {
+            container_id: container_id.to_owned(),
+            ..TaskPaused::default()
+        };
+        self.publish(
+            topics::TASK_PAUSED_EVENT_TOPIC,
+            "containerd.events.TaskPaused",
+            &event,
+        );
+    }
+
+    /// A container was thawed.
+    pub(crate) fn resumed(&self, container_id: &str) {
+        let event = TaskResumed {
+            container_id: container_id.to_owned(),
+            ..TaskResumed::default()
+        };
+        self.publish(
+            topics::TASK_RESUMED_EVENT_TOPIC,
+            "containerd.events.TaskResumed",
             &event,
         );
     }

@@ -24,7 +24,7 @@ use crate::{
     slots::{SlotError, Slots},
     spec::{self, HostPart, Translation},
     state_dir::StateDir,
-    storage::Needs,
+    storage::{Needs, check_volumes},
 };
 use containerd_shim_protos::api;
 use oci_spec::runtime::Spec;
@@ -123,6 +123,7 @@ impl Sandbox {
             path: bundle.clone(),
             source,
         })?;
+        check_volumes(&volumes)?;
         let machine = self.machine(&part).await?;
         let needs = Needs {
             container_id: request.id.clone(),

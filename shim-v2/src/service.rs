@@ -155,12 +155,22 @@ impl Task for TaskService {
         Ok(api::Empty::default())
     }
 
-    async fn pause(&self, _: &TtrpcContext, _: api::PauseRequest) -> ttrpc::Result<api::Empty> {
-        Err(ShimError::Unsupported("pause").into())
+    async fn pause(
+        &self,
+        _: &TtrpcContext,
+        request: api::PauseRequest,
+    ) -> ttrpc::Result<api::Empty> {
+        run(Arc::clone(&self.0).pause(request)).await?;
+        Ok(api::Empty::default())
     }
 
-    async fn resume(&self, _: &TtrpcContext, _: api::ResumeRequest) -> ttrpc::Result<api::Empty> {
-        Err(ShimError::Unsupported("resume").into())
+    async fn resume(
+        &self,
+        _: &TtrpcContext,
+        request: api::ResumeRequest,
+    ) -> ttrpc::Result<api::Empty> {
+        run(Arc::clone(&self.0).resume(request)).await?;
+        Ok(api::Empty::default())
     }
 
     async fn checkpoint(

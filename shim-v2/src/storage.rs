@@ -94,6 +94,13 @@ pub(crate) struct Needs {
     pub(crate) volumes: Vec<Volume>,
 }
 
+/// Whether every volume can be shared, before a VM is booted for it.
+pub(crate) fn check_volumes(volumes: &[Volume]) -> Result<(), StorageError> {
+    volumes
+        .iter()
+        .try_for_each(|volume| volume_kind(&volume.source).map(drop))
+}
+
 impl Share {
     /// Makes `root` a read-only view of `tree` that passes later mounts on to the VMM's namespace.
     pub(crate) fn create(root: PathBuf, tree: PathBuf) -> Result<Self, StorageError> {
@@ -252,7 +259,13 @@ fn inside(rootfs: &Path, target: &str) -> Result<PathBuf, StorageError> {
     Err(StorageError::Target(target.to_owned()))
 }
 
-fn make_mount_point(source: &Path, target: &Path) -> Result<(), StorageError> {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum VolumeKind {
+    Directory,
+    File,
+}
+
+fn volume_kind(source: &Path) -> Result<VolumeKind, StorageError> {
     let metadata = match fs::metadata(source) {
         Ok(metadata) => metadata,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -261,25 +274,31 @@ fn make_mount_point(source: &Path, target: &Path) -> Result<(), StorageError> {
         Err(error) => return Err(failed("looking at volume", source)(error)),
     };
     let kind = metadata.file_type();
-    if kind.is_dir() {
-        create_directory(target)?;
-    } else if kind.is_file() {
-        if let Some(parent) = target.parent() {
-            create_directory(parent)?;
+    let name = match () {
+        () if kind.is_dir() => return Ok(VolumeKind::Directory),
+        () if kind.is_file() => return Ok(VolumeKind::File),
+        () if kind.is_socket() => "socket",
+        () if kind.is_fifo() => "FIFO",
+        () => "device node",
+    };
+    Err(StorageError::VolumeKind {
+        path: source.to_owned(),
+        kind: name,
+    })
+}
+
+fn make_mount_point(source: &Path, target: &Path) -> Result<(), StorageError> {
+    match volume_kind(source)? {
+        VolumeKind::Directory => create_directory(target),
+        VolumeKind::File => {
+            if let Some(parent) = target.parent() {
+                create_directory(parent)?;
+            }
+            fs::File::create(target)
+                .map(drop)
+                .map_err(failed("creating mount point", target))
         }
-        fs::File::create(target).map_err(failed("creating mount point", target))?;
-    } else {
-        let kind = match () {
-            () if kind.is_socket() => "socket",
-            () if kind.is_fifo() => "FIFO",
-            () => "device node",
-        };
-        return Err(StorageError::VolumeKind {
-            path: source.to_owned(),
-            kind,
-        });
     }
-    Ok(())
 }
 
 fn expose_volume(volume: &Volume, target: &Path) -> Result<(), StorageError> {

@@ -146,10 +146,6 @@ fn set_user(process: &Process) -> Result<(), SetupError> {
         .map(Gid::from_raw)
         .collect();
     let (uid, gid) = (Uid::from_raw(user.uid), Gid::from_raw(user.gid));
-    // The largest number means "no change" to the kernel.
-    if uid == Uid::from_raw(u32::MAX) || gid == Gid::from_raw(u32::MAX) {
-        return Err(attempted()(Errno::INVAL));
-    }
     set_keep_capabilities(true).map_err(attempted())?;
     set_thread_groups(&groups).map_err(attempted())?;
     set_thread_res_gid(gid, gid, gid).map_err(attempted())?;
