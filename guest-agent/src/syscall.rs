@@ -25,20 +25,36 @@ pub(crate) enum Side {
     Child,
 }
 
-/// Forks with clone3(2): new namespaces by `flags` (`CLONE_NEW*`, `CLONE_PARENT`), and the new process
-/// starts its life in `cgroup`. Fails when this process has another thread.
-pub(crate) fn fork_into(flags: u64, cgroup: Option<BorrowedFd<'_>>) -> io::Result<Side> {
-    // A copy of one thread of many may hold locks for ever; the caller is a re-executed program with one.
-    if std::fs::read_dir("/proc/self/task")?.count() != 1 {
-        return Err(io::Error::other("refusing to fork a process with threads"));
+/// Proof that this process has one thread, from before it started any: a copy of one thread of many may
+/// wait for ever for a lock that another held.
+#[derive(Debug)]
+pub(crate) struct SingleThread(());
+
+impl SingleThread {
+    /// Looks whether it is so.
+    pub(crate) fn check() -> io::Result<Self> {
+        if std::fs::read_dir("/proc/self/task")?.count() == 1 {
+            return Ok(Self(()));
+        }
+        Err(io::Error::other("this process has threads"))
     }
+}
+
+/// Forks with clone3(2) a sibling of this process: it gets new namespaces by `flags` (`CLONE_NEW*`) and
+/// starts its life in `cgroup`.
+pub(crate) fn fork_into(
+    _proof: SingleThread,
+    flags: u64,
+    cgroup: Option<BorrowedFd<'_>>,
+) -> io::Result<Side> {
     let into_cgroup = cgroup.map_or(0, |_| CLONE_INTO_CGROUP);
     let args = libc::clone_args {
-        flags: flags | into_cgroup,
+        flags: flags | into_cgroup | u64::from(libc::CLONE_PARENT.unsigned_abs()),
         pidfd: 0,
         child_tid: 0,
         parent_tid: 0,
-        exit_signal: u64::from(libc::SIGCHLD.unsigned_abs()),
+        // With CLONE_PARENT it is that of this process, SIGCHLD, and must not be named.
+        exit_signal: 0,
         stack: 0,
         stack_size: 0,
         tls: 0,
@@ -47,7 +63,7 @@ pub(crate) fn fork_into(flags: u64, cgroup: Option<BorrowedFd<'_>>) -> io::Resul
         cgroup: cgroup.map_or(0, |fd| u64::from(fd.as_raw_fd().unsigned_abs())),
     };
     // SAFETY: no stack and no CLONE_VM: the child runs on a copy of this thread's stack as after fork(2),
-    // in a process that the check above has found to have no other thread. `args` outlives the call.
+    // in a process that `_proof` says has no other thread. `args` outlives the call.
     let result = unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size_of_val(&args)) };
     match i32::try_from(result) {
         Ok(0) => Ok(Side::Child),
@@ -142,6 +158,10 @@ const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
 const BPF_CGROUP_DEVICE: u32 = 6;
 const BPF_F_ALLOW_MULTI: u32 = 2;
 
+/// The kernel's verifier gives up with EAGAIN when a signal comes, such as that of a child's end; the signal
+/// has been handled when the call returns, so each attempt can only be disturbed by a further one.
+const LOAD_ATTEMPTS: u32 = 100;
+
 /// Loads a `BPF_PROG_TYPE_CGROUP_DEVICE` program of encoded instructions.
 pub(crate) fn load_device_program(instructions: &[u64]) -> io::Result<OwnedFd> {
     let attributes = ProgramLoad {
@@ -158,19 +178,27 @@ pub(crate) fn load_device_program(instructions: &[u64]) -> io::Result<OwnedFd> {
         interface_index: 0,
         expected_attach_type: BPF_CGROUP_DEVICE,
     };
-    // SAFETY: `instructions` and the license outlive the call, and the size passed is that of `attributes`.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_bpf,
-            BPF_PROG_LOAD,
-            &raw const attributes,
-            size_of::<ProgramLoad>(),
-        )
+    let load = || {
+        // SAFETY: `instructions` and the license outlive the call, and the size passed is that of `attributes`.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_bpf,
+                BPF_PROG_LOAD,
+                &raw const attributes,
+                size_of::<ProgramLoad>(),
+            )
+        };
+        match RawFd::try_from(result) {
+            Ok(fd) if fd >= 0 => Ok(fd),
+            _ => Err(io::Error::last_os_error()),
+        }
     };
-    let fd = RawFd::try_from(result).map_err(io::Error::other)?;
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
+    let fd = (1..LOAD_ATTEMPTS)
+        .find_map(|_| match load() {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
+            other => Some(other),
+        })
+        .unwrap_or_else(load)?;
     // SAFETY: the kernel has just made this file descriptor and nobody else knows it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

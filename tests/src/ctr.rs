@@ -190,9 +190,18 @@ impl Container {
         Ok(())
     }
 
-    /// `ctr task rm`, which gives the task's exit status as its own.
-    pub fn remove_task(&self) -> Result<Output> {
-        ctr(&["task", "rm", &self.0])
+    /// `ctr task rm` of a task that has stopped; gives its exit status, which ctr warns of unless it is 0.
+    pub fn task_status(&self) -> Result<i32> {
+        let removed = ctr(&["task", "rm", &self.0])?.success()?;
+        let Some((_, status)) = removed.stderr.split_once("exit with non-zero exit code ") else {
+            ensure!(removed.stderr.is_empty(), "{removed:?}");
+            return Ok(0);
+        };
+        let digits = status.split(|c: char| !c.is_ascii_digit()).next();
+        let digits = digits.unwrap_or_default();
+        digits
+            .parse()
+            .with_context(|| format!("no status in {removed:?}"))
     }
 
     /// `ctr container rm`.

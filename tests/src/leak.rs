@@ -20,6 +20,8 @@ const STATE: [&str; 4] = [
 /// Where their mounts are.
 const MOUNTS: [&str; 2] = ["/run/walnut", "/run/containerd"];
 const CGROUPS: &str = "/sys/fs/cgroup";
+/// containerd's namespace of the tests. What is named after it alone belongs to all Pods, and stays.
+const NAMESPACE: &str = "default";
 
 /// What was there at one moment.
 #[derive(Debug)]
@@ -99,7 +101,8 @@ fn walk(directory: &Path, kind: &str, directories_only: bool, seen: &mut BTreeSe
     for entry in entries.flatten() {
         let path = entry.path();
         let is_directory = entry.file_type().is_ok_and(|kind| kind.is_dir());
-        if is_directory || !directories_only {
+        let is_namespace = entry.file_name() == NAMESPACE;
+        if (is_directory || !directories_only) && !is_namespace {
             seen.insert(format!("{kind} {}", path.display()));
         }
         // A container's root file system is the mount's business.

@@ -24,7 +24,7 @@ fn a_killed_vmm_ends_its_container_with_137() -> Result<()> {
     let container = sleeps().detach()?;
     container.vmm()?.kill(Signal::KILL)?;
     container.wait_for("STOPPED")?;
-    container.remove_task()?.exits(137)?;
+    ensure!(container.task_status()? == 137, "no 137");
     container.remove()?;
     leak.nothing_left()?;
 

@@ -144,10 +144,8 @@ impl Control {
         if received.bytes == 0 {
             return Err(ControlError::NoBoot);
         }
-        if received
-            .flags
-            .intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC)
-        {
+        let cut = ReturnFlags::TRUNC | ReturnFlags::CTRUNC;
+        if received.flags.intersects(cut) || files.len() > MAX_FDS {
             return Err(ControlError::TooLarge);
         }
         packet.truncate(received.bytes);
@@ -192,4 +190,118 @@ impl std::os::fd::AsRawFd for Control {
 
 fn failed(action: &'static str) -> impl FnOnce(Errno) -> ControlError {
     move |source| ControlError::Socket { action, source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::net::{
+        AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SocketFlags, sendmsg, socketpair,
+    };
+    use std::{
+        io::{IoSlice, Read, Write},
+        os::fd::AsFd,
+    };
+
+    fn pair() -> (OwnedFd, Control) {
+        let (parent, own) = socketpair(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        )
+        .unwrap();
+        (parent, Control::new(own))
+    }
+
+    fn send_with(parent: &OwnedFd, packet: &[u8], files: &[File]) {
+        let borrowed: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS + 1))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        assert!(files.is_empty() || ancillary.push(SendAncillaryMessage::ScmRights(&borrowed)));
+        let parts = [IoSlice::new(packet)];
+        sendmsg(parent, &parts, &mut ancillary, SendFlags::empty()).unwrap();
+    }
+
+    fn config() -> VmConfig {
+        VmConfig {
+            vcpus: 1,
+            memory_mib: 128,
+            cmdline: String::new(),
+            kvm: FdSlot(0),
+            kernel: FdSlot(1),
+            initramfs: None,
+            console: FdSlot(2),
+            vsock: None,
+            share: None,
+            disks: Vec::new(),
+        }
+    }
+
+    fn named_files(count: u8) -> Vec<File> {
+        (0..count)
+            .map(|number| {
+                let fd = rustix::fs::memfd_create("file", rustix::fs::MemfdFlags::CLOEXEC);
+                let file = File::from(fd.unwrap());
+                (&file).write_all(&[number]).unwrap();
+                file
+            })
+            .collect()
+    }
+
+    #[test]
+    fn a_configuration_arrives_with_its_files_in_their_slots() {
+        let (parent, control) = pair();
+        let packet = Request::Boot(config()).encode().unwrap();
+        send_with(&parent, &packet, &named_files(3));
+        let (received, mut files) = control.receive_boot().unwrap();
+        assert_eq!(received, config());
+        let mut console = files.take_file(received.console).unwrap();
+        let mut name = Vec::new();
+        std::io::Seek::rewind(&mut console).unwrap();
+        console.read_to_end(&mut name).unwrap();
+        assert_eq!(name, [2]);
+        let again = files.take(received.console).unwrap_err();
+        assert!(matches!(again, ControlError::MissingFile(2)));
+    }
+
+    #[test]
+    fn what_breaks_the_contract_is_refused_by_name() {
+        let refused = |packet: &[u8], files: u8| {
+            let (parent, control) = pair();
+            send_with(&parent, packet, &named_files(files));
+            control.receive_boot().unwrap_err()
+        };
+        let boot = Request::Boot(config()).encode().unwrap();
+        assert!(matches!(refused(&boot, 2), ControlError::Config(_)));
+        assert!(matches!(refused(b"garbage", 0), ControlError::Message(_)));
+        let stop = Request::Stop.encode().unwrap();
+        assert!(matches!(refused(&stop, 0), ControlError::NotBoot));
+        let long = vec![b' '; MAX_MESSAGE_BYTES + 1];
+        assert!(matches!(refused(&long, 0), ControlError::TooLarge));
+        let many = u8::try_from(MAX_FDS + 1).unwrap();
+        assert!(matches!(refused(&boot, many), ControlError::TooLarge));
+        let (parent, control) = pair();
+        drop(parent);
+        let error = control.receive_boot().unwrap_err();
+        assert!(matches!(error, ControlError::NoBoot));
+    }
+
+    #[test]
+    fn requests_and_the_end_of_the_parent_are_told_apart() {
+        let (parent, control) = pair();
+        assert_eq!(control.receive().unwrap(), Incoming::Nothing);
+        let packet = Request::Statistics.encode().unwrap();
+        send_with(&parent, &packet, &[]);
+        let request = Incoming::Request(Request::Statistics);
+        assert_eq!(control.receive().unwrap(), request);
+        send_with(&parent, b"garbage", &[]);
+        assert!(control.receive().is_err());
+        control.send(&Message::Booted).unwrap();
+        drop(parent);
+        // The kernel says once that a message was lost, and then that the end is there.
+        assert_eq!(control.receive().unwrap(), Incoming::Hangup);
+        assert_eq!(control.receive().unwrap(), Incoming::Hangup);
+        assert!(control.send(&Message::GuestReady).is_err());
+    }
 }

@@ -39,7 +39,7 @@ const CAPABILITY_BITS: u32 = 64;
 
 /// Why the jail cannot be entered.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot {step} (walnut-vmm must be started by root)")]
+#[error("cannot {step}")]
 pub struct JailError {
     step: &'static str,
     source: Errno,
@@ -97,7 +97,7 @@ fn change_root(root: Root) -> Result<(), JailError> {
             fchdir(&empty).map_err(failed("enter the empty file system"))?;
         }
     }
-    pivot_root(".", ".").map_err(failed("make the shared directory the root"))?;
+    pivot_root(".", ".").map_err(failed("make the shared directory, a mount point, the root"))?;
     // Both roots are at "/" now, the old one on top.
     unmount(".", UnmountFlags::DETACH).map_err(failed("unmount the host's root"))?;
     chdir("/").map_err(failed("enter the new root"))
@@ -106,7 +106,9 @@ fn change_root(root: Root) -> Result<(), JailError> {
 fn unshare_mounts() -> Result<(), JailError> {
     // SAFETY: NEWNS takes no file descriptors away and this is the only thread, so none is left behind.
     let result = unsafe { unshare_unsafe(UnshareFlags::NEWNS) };
-    result.map_err(failed("make a mount namespace"))?;
+    result.map_err(failed(
+        "make a mount namespace (walnut-vmm must be started by root)",
+    ))?;
     let slave = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
     mount_change("/", slave).map_err(failed("make all mounts slaves of the host's"))
 }

@@ -89,5 +89,6 @@ fn chain(error: &dyn Error) -> String {
 
 /// Writes to standard error; a closed one must not make this process panic.
 fn say(text: &str) {
-    let _ = writeln!(std::io::stderr(), "walnut-vmm: {text}");
+    let line = format!("walnut-vmm: {text}\n");
+    let _ = std::io::stderr().write_all(line.as_bytes());
 }

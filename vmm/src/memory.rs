@@ -1,16 +1,16 @@
 #![allow(
     unsafe_code,
-    reason = "maps files over guest RAM, and reads and writes files from it"
+    reason = "advises on guest RAM, and reads files into it and writes them from it"
 )]
 //! Guest RAM, and how files get into it and out of it.
 //!
 //! RAM is private anonymous memory that costs nothing until it is touched. It asks for huge pages: measured
-//! with our kernel, 28 faults up to the guest's init instead of 9,140, for 8 MiB more. What is mapped from a file is shared
-//! with other VMs through the host's page cache until the guest writes to it; whoever owns such a file
-//! must replace it by renaming, never by writing into it. Must not know what is in the files.
+//! with our kernel, 28 faults instead of 9,140 until the guest's init runs, for 8 MiB more. Files are copied
+//! into it. To map them instead saves nothing: the kernel patches nearly every page of its code when it
+//! starts, and the pages of the initramfs are written again once it is unpacked. Must not know what is in
+//! the files.
 
-use crate::arch::x86_64::layout::PAGE_BYTES;
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise};
+use rustix::mm::{Advice, madvise};
 use std::{fs::File, io, os::fd::AsRawFd};
 use vm_memory::{
     GuestAddress, GuestMemory, GuestMemoryError, GuestMemoryMmap, VolatileSlice,
@@ -41,17 +41,19 @@ pub enum MemoryError {
         /// What vm-memory says.
         source: GuestMemoryError,
     },
-    /// The file ends early.
-    #[error("a file of {actual} bytes should have {wanted}")]
-    Truncated {
-        /// Bytes of the file.
-        actual: u64,
-        /// Bytes that were announced.
-        wanted: u64,
-    },
     /// The host refuses advice about it.
-    #[error("cannot choose the page size of {bytes} bytes of guest RAM")]
+    #[error("cannot ask for huge pages for {bytes} bytes of guest RAM")]
     Advise {
+        /// How much.
+        bytes: u64,
+        /// Why not.
+        source: io::Error,
+    },
+    /// Pages cannot be given back.
+    #[error("cannot give back {bytes} bytes of guest RAM at {at:#x}")]
+    Discard {
+        /// Where they start.
+        at: u64,
         /// How much.
         bytes: u64,
         /// Why not.
@@ -60,16 +62,6 @@ pub enum MemoryError {
     /// The file cannot be read.
     #[error("cannot read {bytes} bytes at offset {offset} of a file")]
     Read {
-        /// Where in the file.
-        offset: u64,
-        /// How much.
-        bytes: u64,
-        /// Why not.
-        source: io::Error,
-    },
-    /// The file cannot be mapped.
-    #[error("cannot map {bytes} bytes at offset {offset} of a file")]
-    MapFile {
         /// Where in the file.
         offset: u64,
         /// How much.
@@ -90,9 +82,6 @@ pub struct Extent {
     pub bytes: u64,
 }
 
-/// RAM below this holds a few boot structures, for which a huge page would be a waste.
-const SMALL_PAGES_END_BYTES: usize = 2 << 20;
-
 /// Allocates guest RAM for `ranges` of start and length.
 pub fn allocate(ranges: &[(GuestAddress, u64)]) -> Result<GuestMemoryMmap, MemoryError> {
     let bytes = ranges.iter().map(|range| range.1).sum();
@@ -104,39 +93,43 @@ pub fn allocate(ranges: &[(GuestAddress, u64)]) -> Result<GuestMemoryMmap, Memor
     let memory = GuestMemoryMmap::from_ranges(&sized);
     let memory = memory.map_err(|source| MemoryError::Allocate { bytes, source })?;
     for (start, bytes) in sized {
-        let small = if start.0 == 0 {
-            SMALL_PAGES_END_BYTES.min(bytes)
-        } else {
-            0
-        };
-        advise(&memory, start, small, Advice::LinuxNoHugepage)?;
-        let rest = GuestAddress(start.0 + small as u64);
-        advise(&memory, rest, bytes - small, Advice::LinuxHugepage)?;
+        ask_for_huge_pages(&memory, start, bytes)?;
     }
     Ok(memory)
 }
 
-fn advise(
+fn ask_for_huge_pages(
     memory: &GuestMemoryMmap,
     at: GuestAddress,
     bytes: usize,
-    advice: Advice,
 ) -> Result<(), MemoryError> {
-    if bytes == 0 {
-        return Ok(());
-    }
     let slice = slice(memory, at, bytes as u64)?;
+    let start = slice.ptr_guard_mut().as_ptr().cast();
     // SAFETY: the slice proves that these pages are guest RAM; the advice changes how they are backed, not
     // what is in them.
-    let result = unsafe { madvise(slice.ptr_guard_mut().as_ptr().cast(), bytes, advice) };
+    let result = unsafe { madvise(start, bytes, Advice::LinuxHugepage) };
     match result {
-        // A host built without huge pages has none to give, and none to withhold.
+        // A host whose kernel was built without huge pages has none to give.
         Ok(()) | Err(rustix::io::Errno::INVAL) => Ok(()),
         Err(source) => Err(MemoryError::Advise {
             bytes: bytes as u64,
             source: source.into(),
         }),
     }
+}
+
+/// Gives whole pages of guest RAM back to the host; they read as zeroes from then on.
+pub fn discard(memory: &GuestMemoryMmap, at: GuestAddress, bytes: u64) -> Result<(), MemoryError> {
+    let slice = slice(memory, at, bytes)?;
+    let start = slice.ptr_guard_mut().as_ptr().cast();
+    // SAFETY: the slice proves that these pages are guest RAM, which is private anonymous memory that is only
+    // accessed as volatile bytes: that they become zero invalidates no reference.
+    let result = unsafe { madvise(start, slice.len(), Advice::LinuxDontNeed) };
+    result.map_err(|source| MemoryError::Discard {
+        at: at.0,
+        bytes,
+        source: source.into(),
+    })
 }
 
 /// Copies part of `file` into guest RAM.
@@ -150,38 +143,6 @@ pub fn read(memory: &GuestMemoryMmap, file: &File, extent: Extent) -> Result<(),
         bytes,
         source,
     })
-}
-
-/// Makes part of `file` visible in guest RAM without copying it. `extent` is aligned to pages on both sides;
-/// behind its end the rest of its last page is whatever the file holds there, or zero.
-pub fn map(memory: &GuestMemoryMmap, file: &File, extent: Extent) -> Result<(), MemoryError> {
-    let Extent { offset, at, bytes } = extent;
-    let failed = |source| MemoryError::MapFile {
-        offset,
-        bytes,
-        source,
-    };
-    let actual = file.metadata().map_err(failed)?.len();
-    let wanted = offset.saturating_add(bytes);
-    // Beyond its end a mapped file gives signals instead of bytes.
-    if actual < wanted {
-        return Err(MemoryError::Truncated { actual, wanted });
-    }
-    let whole_pages = bytes.next_multiple_of(PAGE_BYTES);
-    let slice = slice(memory, at, whole_pages)?;
-    // SAFETY: the slice proves that these pages belong to guest RAM, which stays mapped as long as `memory`
-    // lives and is only reached through volatile accesses; replacing pages of it invalidates no reference.
-    let mapping = unsafe {
-        rustix::mm::mmap(
-            slice.ptr_guard_mut().as_ptr().cast(),
-            slice.len(),
-            ProtFlags::READ | ProtFlags::WRITE,
-            MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE,
-            file,
-            offset,
-        )
-    };
-    mapping.map(|_| ()).map_err(|source| failed(source.into()))
 }
 
 /// A piece of guest RAM, which must not cross from one range to another.
@@ -283,18 +244,13 @@ mod tests {
     proptest! {
         #[test]
         fn what_is_loaded_is_what_the_file_holds(
-            page in 0_u64..3,
-            at in 0_u64..3,
-            bytes in 1_u64..12_000,
-            mapped: bool,
+            offset in 0_u64..9000,
+            at in 0_u64..9000,
+            bytes in 0_u64..12_000,
         ) {
             let memory = ram();
-            let extent = extent(page * PAGE_BYTES, at * PAGE_BYTES, bytes);
-            if mapped {
-                map(&memory, &file(&contents()), extent).unwrap();
-            } else {
-                read(&memory, &file(&contents()), extent).unwrap();
-            }
+            let extent = extent(offset, at, bytes);
+            read(&memory, &file(&contents()), extent).unwrap();
             let mut seen = vec![0; usize::try_from(bytes).unwrap()];
             memory.read_slice(&mut seen, extent.at).unwrap();
             let from = usize::try_from(extent.offset).unwrap();
@@ -318,33 +274,31 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_that_writes_to_a_mapped_file_changes_its_own_copy() {
-        let (memory, file) = (ram(), file(&contents()));
-        map(&memory, &file, extent(0, 4096, 8192)).unwrap();
-        memory.write_obj(0xaa_u8, GuestAddress(4096)).unwrap();
-        let other = ram();
-        map(&other, &file, extent(0, 0, 8192)).unwrap();
-        let seen: u8 = other.read_obj(GuestAddress(0)).unwrap();
-        assert_eq!(seen, contents()[0]);
+    fn discarded_pages_are_zero_and_their_neighbours_are_kept() {
+        let memory = ram();
+        memory.write_slice(&[7; 12_288], GuestAddress(0)).unwrap();
+        discard(&memory, GuestAddress(4096), 4096).unwrap();
+        let mut seen = [1; 12_288];
+        memory.read_slice(&mut seen, GuestAddress(0)).unwrap();
+        assert_eq!(seen[..4096], [7; 4096]);
+        assert_eq!(seen[4096..8192], [0; 4096]);
+        assert_eq!(seen[8192..], [7; 4096]);
+        for (at, bytes) in [(0xf000, 8192), (u64::MAX - 4095, 4096), (1, 4096)] {
+            assert!(
+                discard(&memory, GuestAddress(at), bytes).is_err(),
+                "{at:#x}"
+            );
+        }
     }
 
     #[test]
     fn a_file_that_is_too_short_or_too_far_is_refused() {
         let memory = ram();
-        let short = file(&[1; 5000]);
-        let error = map(&memory, &short, extent(4096, 0, 4096)).unwrap_err();
-        assert!(
-            matches!(error, MemoryError::Truncated { actual: 5000, .. }),
-            "{error}"
-        );
-        let error = read(&memory, &short, extent(4096, 0, 4096)).unwrap_err();
+        let error = read(&memory, &file(&[1; 5000]), extent(4096, 0, 4096)).unwrap_err();
         assert!(matches!(error, MemoryError::Read { .. }), "{error}");
-        let long = file(&[1; 8192]);
         for at in [0xf000, 0x2_0000, u64::MAX - 4095] {
-            for load in [read, map] {
-                let error = load(&memory, &long, extent(0, at, 8192)).unwrap_err();
-                assert!(matches!(error, MemoryError::Outside { .. }), "{error}");
-            }
+            let error = read(&memory, &file(&[1; 8192]), extent(0, at, 8192)).unwrap_err();
+            assert!(matches!(error, MemoryError::Outside { .. }), "{error}");
         }
     }
 }

@@ -21,6 +21,7 @@ const SILENCE_LIMIT: Duration = Duration::from_secs(900);
 
 /// Runs it.
 pub(crate) fn run(project: &Project, arguments: &[String], progress: Progress) -> Result<()> {
+    prepare::build(project, progress)?;
     let mut lab = prepare::fresh_lab(project, progress)?;
     progress.step("bench", "building the benchmark", || {
         let mut cargo = Command::new("cargo");

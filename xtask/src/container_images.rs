@@ -24,12 +24,12 @@ pub(crate) const DEBIAN: &str = "walnut.local/debian:latest";
 const DEBIAN_PACKAGES: [&str; 2] = ["redis-server", "python3-minimal"];
 
 /// The release of the Debian image.
-const DEBIAN_SUITE: &str = "bookworm";
+const DEBIAN_SUITE: &str = "trixie";
 
 /// Makes the images, or finds them in the cache.
 pub(crate) fn get(project: &Project, progress: Progress) -> Result<Vec<Image>> {
-    let busybox = Key::new("busybox 1").with("release", debian::codename()?.as_bytes());
-    let mut debian = Key::new("debian 1").with("suite", DEBIAN_SUITE.as_bytes());
+    let busybox = Key::new("busybox 2").with("release", debian::codename()?.as_bytes());
+    let mut debian = Key::new("debian 2").with("suite", DEBIAN_SUITE.as_bytes());
     for package in DEBIAN_PACKAGES {
         debian = debian.with("package", package.as_bytes());
     }

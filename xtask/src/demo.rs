@@ -22,6 +22,7 @@ const STEP_LIMIT: Duration = Duration::from_secs(240);
 
 /// Shows everything.
 pub(crate) fn run(project: &Project, progress: Progress) -> Result<()> {
+    prepare::build(project, progress)?;
     let client = prepare::fresh_lab(project, progress)?.client();
     let demo = Demo { client };
     println!();

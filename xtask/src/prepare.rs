@@ -40,9 +40,8 @@ pub(crate) fn programs_and_initramfs(project: &Project, progress: Progress) -> R
     image::initramfs(project, &agent, progress)
 }
 
-/// Builds everything and starts a lab that has it.
+/// Starts a lab anew, with everything that [`build`] built.
 pub(crate) fn fresh_lab(project: &Project, progress: Progress) -> Result<Lab> {
-    build(project, progress)?;
     let mut lab = Lab::up(project, check::accelerator()?, Freshness::Fresh, progress)?;
     lab.deliver(&lab::installed_files(project), progress)?;
     Ok(lab)

@@ -65,11 +65,12 @@ impl Counts {
 
 /// Runs everything; says whether all passed.
 pub(crate) fn run(project: &Project, progress: Progress) -> Result<bool> {
-    let lab = prepare::fresh_lab(project, progress)?;
-    let mut lab = lab;
-    check_source(project, progress)?;
+    check_format(project, progress)?;
+    prepare::build(project, progress)?;
+    check_lints(project, progress)?;
     let mut counts = host_tests(project, progress)?;
     let programs = build_lab_tests(project, progress)?;
+    let mut lab = prepare::fresh_lab(project, progress)?;
     let deliveries: Vec<Delivery> = programs.iter().map(TestProgram::delivery).collect();
     lab.deliver(&deliveries, progress)?;
     let client = lab.client();
@@ -94,11 +95,14 @@ pub(crate) fn run(project: &Project, progress: Progress) -> Result<bool> {
     Ok(failed == 0)
 }
 
-fn check_source(project: &Project, progress: Progress) -> Result<()> {
-    progress.step("test", "formatting and lints", || {
-        let mut fmt = cargo(project);
-        fmt.args(["fmt", "--all", "--check"]);
-        progress.run("test", &mut fmt, &project.logs().join("fmt.log"))?;
+fn check_format(project: &Project, progress: Progress) -> Result<()> {
+    let mut fmt = cargo(project);
+    fmt.args(["fmt", "--all", "--check"]);
+    progress.run("test", &mut fmt, &project.logs().join("fmt.log"))
+}
+
+fn check_lints(project: &Project, progress: Progress) -> Result<()> {
+    progress.step("test", "lints", || {
         let mut clippy = cargo(project);
         clippy.args([
             "clippy",

@@ -12,7 +12,7 @@ use super::{
     terminal,
     wire::{self, Blame, Failure, GO, Job, JobFds, Report},
 };
-use crate::syscall::{self, Side};
+use crate::syscall::{self, Side, SingleThread};
 use nix::sched::{CloneFlags, setns, unshare};
 use rustix::io::Errno;
 use std::{
@@ -23,6 +23,13 @@ use std::{
 
 /// Exit status of a process that never became its program.
 const FAILED: u8 = 127;
+
+/// What an exec joins in its first stage. Not the cgroup namespace: it hides the cgroup that this process
+/// still is in, and so forbids to leave it.
+const JOINED_BEFORE_FORK: CloneFlags = CloneFlags::CLONE_NEWPID
+    .union(CloneFlags::CLONE_NEWIPC)
+    .union(CloneFlags::CLONE_NEWUTS)
+    .union(CloneFlags::CLONE_NEWNS);
 
 /// Runs the job that waits on standard input.
 pub(crate) fn run() -> ExitCode {
@@ -59,19 +66,21 @@ fn describe(error: &SetupError) -> Failure {
 
 fn first_stage(socket: &OwnedFd, job: &Job, fds: JobFds) -> Result<(), SetupError> {
     // Processes of the container must not look into this one while it still is the agent's program.
+    let alone = SingleThread::check().map_err(SetupError::step("cannot fork"))?;
     nix::sys::prctl::set_dumpable(false).map_err(SetupError::step("cannot become undumpable"))?;
+    identity::set_usual_limits()?;
     identity::set_oom_score(job.process().oom_score_adj)?;
-    let flags = match (job, &fds.container) {
-        (Job::Create(spec), _) => new_namespaces(spec)?,
-        (Job::Exec(_), Some(container)) => join_container(container)?,
-        (Job::Exec(_), None) => {
-            return Err(SetupError::Request("an exec without a container".into()));
+    let flags = match job {
+        Job::Create(spec) => new_namespaces(spec)?,
+        Job::Exec(_) => {
+            join(&fds.container, JOINED_BEFORE_FORK)?;
+            CloneFlags::empty()
         }
     };
-    let flags = u64::from((flags | CloneFlags::CLONE_PARENT).bits().unsigned_abs());
-    let side = syscall::fork_into(flags, Some(fds.cgroup.as_fd())).map_err(SetupError::step(
-        "cannot start a process in the container's cgroup",
-    ))?;
+    let flags = u64::from(flags.bits().unsigned_abs());
+    let side = syscall::fork_into(alone, flags, Some(fds.cgroup.as_fd())).map_err(
+        SetupError::step("cannot start a process in the container's cgroup"),
+    )?;
     match side {
         Side::Parent(pid) => wire::send_report(socket, &Report::Process(pid), None)
             .map_err(SetupError::step("cannot report the process")),
@@ -104,23 +113,21 @@ fn new_namespaces(spec: &Spec) -> Result<CloneFlags, SetupError> {
     Ok(flags)
 }
 
-/// Joins every namespace of a container, by its first process.
-fn join_container(container: &OwnedFd) -> Result<CloneFlags, SetupError> {
-    let all = CloneFlags::CLONE_NEWPID
-        | CloneFlags::CLONE_NEWIPC
-        | CloneFlags::CLONE_NEWUTS
-        | CloneFlags::CLONE_NEWNS
-        | CloneFlags::CLONE_NEWCGROUP;
-    setns(container, all).map_err(SetupError::step("cannot join the container's namespaces"))?;
-    Ok(CloneFlags::empty())
+/// Joins namespaces of a container, by its first process.
+fn join(container: &Option<OwnedFd>, flags: CloneFlags) -> Result<(), SetupError> {
+    let Some(container) = container else {
+        return Err(SetupError::Request("an exec without a container".into()));
+    };
+    setns(container, flags).map_err(SetupError::step("cannot join the container's namespaces"))
 }
 
 /// The container's process: everything up to its program. Never returns to the first stage's caller
 /// but to exit.
 fn second_stage(socket: &OwnedFd, job: &Job, fds: JobFds) -> Result<(), SetupError> {
     rustix::process::setsid().map_err(SetupError::step("cannot start a session"))?;
-    if let Job::Create(spec) = job {
-        enter_container(spec, &fds)?;
+    match (job, &fds.container) {
+        (Job::Create(spec), _) => enter_container(spec, &fds)?,
+        (Job::Exec(_), container) => join(container, CloneFlags::CLONE_NEWCGROUP)?,
     }
     let process = job.process();
     let terminal = connect_stdio(job, process, fds)?;

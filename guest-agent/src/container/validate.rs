@@ -30,6 +30,8 @@ pub(crate) fn validate(spec: &Spec) -> Result<(), SpecError> {
     }
     for device in &spec.linux.devices {
         absolute("linux.devices[].path", &device.path)?;
+        owner("linux.devices[].uid", device.uid)?;
+        owner("linux.devices[].gid", device.gid)?;
     }
     let propagation = &spec.linux.rootfs_propagation;
     if root_propagation(propagation).is_none() {
@@ -66,6 +68,12 @@ pub(crate) fn validate_process(process: &Process) -> Result<(), SpecError> {
         .find(|entry| entry.find('=').is_none_or(|at| at == 0))
     {
         return Err(invalid("process.env", entry, "is not NAME=VALUE"));
+    }
+    let user = &process.user;
+    owner("process.user.uid", user.uid)?;
+    owner("process.user.gid", user.gid)?;
+    for gid in &user.additional_gids {
+        owner("process.user.additionalGids", *gid)?;
     }
     let mut seen = BTreeSet::new();
     for limit in &process.rlimits {
@@ -163,6 +171,14 @@ fn absolute(field: &str, path: &Path) -> Result<(), SpecError> {
     ))
 }
 
+/// The largest number means "no change" to the kernel.
+fn owner(field: &str, id: u32) -> Result<(), SpecError> {
+    if id != u32::MAX {
+        return Ok(());
+    }
+    Err(invalid(field, &id.to_string(), "is not an id"))
+}
+
 fn invalid(field: &str, value: &str, problem: &'static str) -> SpecError {
     SpecError::Invalid {
         field: field.to_owned(),
@@ -228,6 +244,15 @@ mod tests {
         assert!(problem(|spec| spec.process.env.push("A\0=b".into())).contains("zero byte"));
         assert!(problem(|spec| spec.process.env.push("=b".into())).contains("NAME=VALUE"));
         assert!(problem(|spec| spec.process.rlimits[0].soft = 2048).contains("soft limit"));
+    }
+
+    #[test]
+    fn nobody_can_be_the_id_that_changes_nothing() {
+        assert!(problem(|spec| spec.process.user.uid = u32::MAX).contains("process.user.uid"));
+        assert!(
+            problem(|spec| spec.process.user.additional_gids = vec![u32::MAX])
+                .contains("additionalGids")
+        );
     }
 
     #[test]

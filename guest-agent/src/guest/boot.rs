@@ -143,12 +143,18 @@ fn listen(port: u32) -> Result<VsockListener, GuestError> {
         .map_err(GuestError::system(format!("listen on vsock port {port}")))
 }
 
+/// Connections of the host; others are closed at once.
 fn accept(
     listener: VsockListener,
 ) -> impl futures::Stream<Item = std::io::Result<VsockStream>> + Send + 'static {
     futures::stream::unfold(listener, async |listener| {
-        let accepted = listener.accept().await.map(|(stream, _)| stream);
-        Some((accepted, listener))
+        loop {
+            match listener.accept().await {
+                // A container that may open vsock sockets reaches this port through the guest's loopback.
+                Ok((_, peer)) if peer.cid() != VMADDR_CID_HOST => {}
+                accepted => return Some((accepted.map(|(stream, _)| stream), listener)),
+            }
+        }
     })
 }
 

@@ -20,4 +20,89 @@ pub(crate) const EXCEPTIONS: &[Exception] = &[
         "tests/src/ctr.rs",
         "numbers the names of containers, so that no two tests of a process share one",
     ),
+    (
+        "sleep",
+        "shim-v2/src/events.rs",
+        "pauses between attempts to reach containerd, which announces its return to nobody",
+    ),
+    (
+        "sleep",
+        "xtask/lab-init/src/containerd.rs",
+        "paces the restarts of a containerd that ends at once",
+    ),
+    (
+        "sleep",
+        "xtask/src/lab/client.rs",
+        "tries again to connect to a machine that boots, up to a deadline",
+    ),
+    (
+        "sleep",
+        "xtask/src/lab/mod.rs",
+        "looks again for the end of a process that is not a child, up to a deadline",
+    ),
+    (
+        "unsafe",
+        "guest-agent/src/syscall.rs",
+        "system calls that no safe wrapper has, each behind a safe function",
+    ),
+    (
+        "unsafe",
+        "shim-v2/src/vm.rs",
+        "what a child does between fork and exec: joins its cgroup, places its socket",
+    ),
+    (
+        "unsafe",
+        "vmm/src/control.rs",
+        "adopts file descriptor 3, as the contract with the shim says",
+    ),
+    (
+        "unsafe",
+        "vmm/src/devices/virtio/mock_driver.rs",
+        "test code: borrows the descriptor of an EventFd",
+    ),
+    (
+        "unsafe",
+        "vmm/src/jail.rs",
+        "makes a mount namespace, which is only safe while there is one thread",
+    ),
+    (
+        "unsafe",
+        "vmm/src/memory.rs",
+        "tells the kernel how to back guest memory",
+    ),
+    (
+        "unsafe",
+        "vmm/src/vcpu.rs",
+        "reaches kvm_run from a signal handler",
+    ),
+    (
+        "unsafe",
+        "vmm/src/vm.rs",
+        "adopts a file descriptor and gives memory to KVM",
+    ),
+    (
+        "unsafe",
+        "xtask/src/check/guest.rs",
+        "gives memory to the KVM that it probes",
+    ),
+    (
+        "global-state",
+        "vmm/src/vcpu.rs",
+        "a signal handler gets no argument: it finds its thread's vCPU here",
+    ),
+    (
+        "anyhow",
+        "shim-v2/src/bootstrap.rs",
+        "a command of the program, as main is: its error is printed, nobody acts on it",
+    ),
+    (
+        "anyhow",
+        "shim-v2/src/cleanup.rs",
+        "a command of the program, as main is: its error is printed, nobody acts on it",
+    ),
+    (
+        "anyhow",
+        "shim-v2/src/server.rs",
+        "a command of the program, as main is: its error is printed, nobody acts on it",
+    ),
 ];

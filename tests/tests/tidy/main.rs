@@ -203,7 +203,7 @@ fn each_rule_finds_what_breaks_it() {
     for (rule, path, text) in [
         ("machine-path", "docs/x.md", path_of_a_machine),
         ("size", "a/src/x.rs", long),
-        ("budget", "a/src/x.rs", huge),
+        ("budget", "vmm/src/x.rs", huge),
     ] {
         let path = path.to_owned();
         let (_, check) = RULES.iter().find(|(name, _)| *name == rule).unwrap();

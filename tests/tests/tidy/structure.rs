@@ -6,8 +6,10 @@ use crate::{
 };
 use std::collections::BTreeSet;
 
-/// Lines of Rust in the complete product at the most, tests included.
+/// Lines of Rust in the complete product at the most, without its tests.
 const BUDGET_LINES: usize = 25_000;
+/// What is delivered: the three programs and the guest image. Tests and the developer's commands are not.
+const PRODUCT: [&str; 4] = ["guest-agent/", "guest-image/", "shim-v2/", "vmm/"];
 
 /// Which of our packages each package may use.
 const EDGES: &[(&str, &[&str])] = &[
@@ -301,10 +303,12 @@ fn resolve(document: &str, target: &str) -> String {
 
 /// One person can hold all of it in their head.
 pub(crate) fn budget(files: &[File]) -> Vec<Violation> {
-    let rust: Vec<&File> = files.iter().filter(|file| file.is_rust()).collect();
-    let lines: usize = rust.iter().map(|file| file.text.lines().count()).sum();
-    let over = rust.first().filter(|_| lines > BUDGET_LINES);
-    over.map(|file| Violation::new(file, 1, format!("the project has {lines} lines of Rust")))
+    let of_product =
+        |file: &&File| file.is_rust() && PRODUCT.iter().any(|folder| file.path.starts_with(folder));
+    let product: Vec<&File> = files.iter().filter(of_product).collect();
+    let lines: usize = product.iter().map(|file| file.lines_before_tests()).sum();
+    let over = product.first().filter(|_| lines > BUDGET_LINES);
+    over.map(|file| Violation::new(file, 1, format!("the product has {lines} lines")))
         .into_iter()
         .collect()
 }

@@ -30,7 +30,7 @@ use crate::progress::{Progress, tail};
 use crate::project::Project;
 
 /// How long a running lab may take to answer a connection.
-const ANSWER_LIMIT: Duration = Duration::from_secs(30);
+const ANSWER_LIMIT: Duration = Duration::from_secs(120);
 
 /// How long QEMU may take to die.
 const DEATH_LIMIT: Duration = Duration::from_secs(10);

@@ -3,8 +3,9 @@
 
 use std::fs;
 use std::io::Read;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result};
 use walnut_guest_image::cache::Key;
@@ -27,6 +28,9 @@ const BOOT_LIMIT: Duration = Duration::from_secs(180);
 
 /// Unpacking an image in an emulated lab is slow.
 const IMPORT_LIMIT: Duration = Duration::from_secs(300);
+
+/// How many templates stay when a new one is made.
+const TEMPLATES_KEPT: usize = 2;
 
 /// A container image to import.
 #[derive(Debug, Clone)]
@@ -57,6 +61,7 @@ impl Template {
         let init = initramfs::build_init(project, progress)?;
         let key = key(accelerator, &init, images)?;
         let (folder, _) = project.cache.get_or_make("lab-template", &key, |folder| {
+            forget_old(&project.cache.folder("lab-template"));
             progress.step(
                 "lab",
                 "booting the node once, to save it as a template",
@@ -136,6 +141,9 @@ fn make(
     progress: Progress,
 ) -> Result<()> {
     let token = new_token()?;
+    // The saved RAM holds the token, and all that the node knows.
+    fs::set_permissions(folder, fs::Permissions::from_mode(0o700))
+        .with_context(|| format!("close {}", folder.display()))?;
     write_private(&folder.join("token"), token.as_bytes())?;
     let initramfs = folder.join("initramfs.cpio");
     write_private(&initramfs, &[])?;
@@ -209,12 +217,30 @@ fn import(client: &Client, folder: &Path, image: &Image, progress: Progress) -> 
     };
     let outbox = folder.join("outbox");
     delivery::deliver(client, &outbox, &[delivery], &mut Delivered::new())?;
-    let script = format!("ctr image import {destination} && rm {destination}");
+    // Without --local, ctr and containerd hand each other small pieces, at twice the cost.
+    let script = format!("ctr image import --local {destination} && rm {destination}");
     let output = client.must(&script, IMPORT_LIMIT)?;
     let name = output.split_whitespace().next().unwrap_or("image");
     let seconds = begun.elapsed().as_secs_f64();
     progress.say("lab", &format!("imported {name} in {seconds:.1} s"));
     Ok(())
+}
+
+/// A template takes about a gigabyte. The youngest stay; a lab that runs keeps what it uses open.
+fn forget_old(folder: &Path) {
+    let Ok(entries) = fs::read_dir(folder) else {
+        return;
+    };
+    let mut templates: Vec<(SystemTime, PathBuf)> = entries
+        .flatten()
+        .filter(|entry| entry.path().join("state").is_file())
+        .filter_map(|entry| Some((entry.metadata().ok()?.modified().ok()?, entry.path())))
+        .collect();
+    templates.sort();
+    templates.truncate(templates.len().saturating_sub(TEMPLATES_KEPT));
+    for (_, template) in templates {
+        let _ = fs::remove_dir_all(template);
+    }
 }
 
 fn new_token() -> Result<String> {

@@ -1,7 +1,4 @@
 //! Puts the kernel and the initramfs into guest RAM.
-//!
-//! The kernel is copied: it patches nearly every page of its code when it starts, so that sharing them saves
-//! nothing and costs a fault each. The initramfs is mapped: it is read once, and VMs share it.
 
 use crate::{
     arch::x86_64::{
@@ -86,7 +83,7 @@ fn load_initramfs(
         at,
         bytes,
     };
-    memory::map(memory, file, extent).map_err(ImageError::Initramfs)?;
+    memory::read(memory, file, extent).map_err(ImageError::Initramfs)?;
     Ok((at, bytes))
 }
 

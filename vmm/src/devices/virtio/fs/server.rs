@@ -5,9 +5,10 @@
 //! opens by name with `O_NOFOLLOW`, and opens regular files and directories only: a device node, FIFO or
 //! socket is shown and never opened (its meaning is the guest kernel's).
 //!
-//! Limits: no extended attributes (the crate reaches them by a path below `/proc`, which the jail does
-//! not have), no POSIX ACLs with them, no locks across the share's guests, no notice of changes on the
-//! host before [`FRESHNESS`] is over.
+//! Limits: no extended attributes, and so no POSIX ACLs (the crate reaches them by a path below `/proc`,
+//! which the jail does not have); no locks that the host or another guest would see; changes on the host
+//! are seen after [`FRESHNESS`]. Inode numbers do not fit 32 bits, so 32-bit programs need large-file
+//! support. The crate keeps some 50 bytes for each file that the guest ever looked up.
 
 use fuse_backend_rs::{
     abi::fuse_abi::FsOptions,
@@ -25,8 +26,10 @@ use virtio_queue::DescriptorChain;
 use vm_memory::GuestMemoryMmap;
 
 /// How long the guest may use names and attributes without asking again. A container's root file system
-/// is changed by the guest alone, but a volume is also changed by the host, and Kubernetes' users expect
-/// to see that at once. Data is checked against the attributes at every open.
+/// is changed by the guest alone, but a volume is also changed by the host, and its users expect to see
+/// that at once. The guest keeps data and directories over an open (`CachePolicy::Always`), so that a
+/// program that is started twice is read once; it drops them when it learns of another size or time of
+/// modification (AUTO_INVAL_DATA), so they are as fresh as the attributes.
 const FRESHNESS: Duration = Duration::from_secs(1);
 /// Bytes of a request or of an answer at the most: the largest payload and its headers.
 const MAX_MESSAGE_BYTES: usize = MAX_BUFFER_SIZE as usize + 4096;
@@ -70,7 +73,7 @@ impl ShareServer {
             root_dir: root.to_owned(),
             entry_timeout: FRESHNESS,
             attr_timeout: FRESHNESS,
-            cache_policy: CachePolicy::Auto,
+            cache_policy: CachePolicy::Always,
             // The guest's page cache would hold what the host cannot see.
             writeback: false,
             // Options are negotiated by `Vfs`.

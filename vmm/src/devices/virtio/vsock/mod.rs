@@ -2,13 +2,14 @@
 //!
 //! virtio 1.3, section 5.10. Host programs reach the guest through a Unix socket, see
 //! `walnut_vmm_api::connect_line`; the guest cannot open connections. Layers, each knowing those below:
-//! `worker` (queues and epoll), `muxer` (which socket is which connection), `stream` (a connection and
+//! `worker` (queues and epoll), `muxer` (which socket is which connection), `peer`, `stream` (a connection and
 //! its socket) and `handshake`, `connection` (states and credit, no I/O), `packet` (bytes to headers).
 
 mod connection;
 mod handshake;
 mod muxer;
 mod packet;
+mod peer;
 mod stream;
 mod worker;
 

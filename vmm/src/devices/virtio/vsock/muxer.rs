@@ -8,20 +8,18 @@ use super::{
     connection::{BUFFER_BYTES, Connection, Effect},
     handshake::Handshake,
     packet::{Header, Op, Packet, Parsed},
-    stream::{Outlet, Stream},
+    peer::{Peer, Stage, Turn, watch},
+    stream::Stream,
 };
 use std::{
     collections::{HashMap, VecDeque},
     io::{self, Read},
-    os::{
-        fd::AsRawFd,
-        unix::net::{UnixListener, UnixStream},
-    },
+    os::unix::net::UnixListener,
     sync::Arc,
     time::{Duration, Instant},
 };
 use vmm_sys_util::{
-    epoll::{ControlOperation, Epoll, EpollEvent, EventSet},
+    epoll::{Epoll, EventSet},
     eventfd::EventFd,
 };
 use walnut_vmm_api::{READY_PORT, ok_line};
@@ -60,50 +58,6 @@ enum Readiness {
     Announced,
 }
 
-/// What a peer is to the guest.
-#[derive(Debug)]
-enum Stage {
-    /// Nothing yet.
-    Handshake(Handshake),
-    /// A connection.
-    Stream(Stream),
-    /// Nothing any more, but the host program has not taken everything.
-    Draining(Outlet),
-}
-
-/// Whether a peer stands in the line of those that have something for the guest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Turn {
-    None,
-    InLine,
-}
-
-#[derive(Debug)]
-struct Peer {
-    stage: Stage,
-    turn: Turn,
-    /// What epoll watches.
-    watched: Option<EventSet>,
-}
-
-impl Peer {
-    fn socket(&self) -> Option<&UnixStream> {
-        match &self.stage {
-            Stage::Handshake(handshake) => Some(handshake.socket()),
-            Stage::Stream(stream) => stream.socket(),
-            Stage::Draining(outlet) => Some(outlet.socket()),
-        }
-    }
-
-    fn interest(&self) -> Option<EventSet> {
-        match &self.stage {
-            Stage::Handshake(_) => Some(EventSet::IN),
-            Stage::Stream(stream) => stream.interest(),
-            Stage::Draining(_) => Some(EventSet::OUT),
-        }
-    }
-}
-
 /// What the guest gets next.
 #[derive(Debug)]
 pub(super) enum Outgoing {
@@ -128,7 +82,6 @@ pub(super) struct Muxer {
     resets: VecDeque<Header>,
     /// Peers whose interest may have changed.
     touched: Vec<u32>,
-    scratch: Box<[u8]>,
 }
 
 impl Muxer {
@@ -152,7 +105,6 @@ impl Muxer {
             line: VecDeque::new(),
             resets: VecDeque::new(),
             touched: Vec::new(),
-            scratch: vec![0; TURN_BYTES].into_boxed_slice(),
         })
     }
 
@@ -256,16 +208,16 @@ impl Muxer {
         self.review(port);
     }
 
-    /// Takes a packet of the guest; `payload` gives what follows its header.
-    pub(super) fn receive(&mut self, header: &Header, payload: &mut dyn Read) {
+    /// Takes a packet of the guest; `payload` gives what follows its header, and passes through `scratch`.
+    pub(super) fn receive(&mut self, header: &Header, payload: &mut dyn Read, scratch: &mut [u8]) {
         match header.parse(self.guest_cid) {
             Parsed::Dropped => {}
             Parsed::Refused(reset) => self.resets.push_back(reset),
-            Parsed::Packet(packet) => self.receive_packet(&packet, payload),
+            Parsed::Packet(packet) => self.receive_packet(&packet, payload, scratch),
         }
     }
 
-    fn receive_packet(&mut self, packet: &Packet, payload: &mut dyn Read) {
+    fn receive_packet(&mut self, packet: &Packet, payload: &mut dyn Read, scratch: &mut [u8]) {
         let port = packet.host_port;
         let stream = match self.peers.get_mut(&port).map(|peer| &mut peer.stage) {
             Some(Stage::Stream(stream)) if stream.connection.is_with(packet.guest_port) => stream,
@@ -279,7 +231,7 @@ impl Muxer {
                 }
             }
             Effect::Deliver => {
-                if copy(payload, packet.len, &mut self.scratch, stream).is_err() {
+                if copy(payload, packet.len, scratch, stream).is_err() {
                     return self.reset(port);
                 }
             }
@@ -501,22 +453,4 @@ fn copy(
         left -= piece;
     }
     Ok(())
-}
-
-/// Changes epoll's interest from `watched` to `wanted`.
-fn watch(
-    epoll: &Epoll,
-    file: &impl AsRawFd,
-    token: u64,
-    watched: Option<EventSet>,
-    wanted: Option<EventSet>,
-) -> io::Result<()> {
-    let operation = match (watched, wanted) {
-        (None, None) => return Ok(()),
-        (None, Some(_)) => ControlOperation::Add,
-        (Some(_), Some(_)) => ControlOperation::Modify,
-        (Some(_), None) => ControlOperation::Delete,
-    };
-    let event = EpollEvent::new(wanted.unwrap_or(EventSet::empty()), token);
-    epoll.ctl(operation, file.as_raw_fd(), event)
 }

@@ -48,7 +48,7 @@ impl Outlet {
         } else {
             0
         };
-        self.buffer.extend(bytes.iter().skip(taken));
+        self.buffer.extend(bytes.get(taken..).unwrap_or(&[]));
         Ok(taken)
     }
 

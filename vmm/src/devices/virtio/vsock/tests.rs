@@ -1,230 +1,26 @@
 //! The device against a driver that plays the guest.
 
+mod guest;
+
+use self::guest::*;
 use super::{
-    Vsock,
     connection::BUFFER_BYTES,
-    packet::{Credit, HEADER_BYTES, HOST_CID, Header, SHUTDOWN_BOTH, SHUTDOWN_SEND, TYPE_STREAM},
+    packet::{Credit, Header, SHUTDOWN_BOTH, SHUTDOWN_SEND, TYPE_STREAM},
 };
 use crate::devices::virtio::{
     VirtioDevice,
     mock_driver::{DEADLINE, Driver, FIRST_BUFFER},
 };
+use proptest::{prelude::*, test_runner::TestRunner};
 use std::{
-    collections::HashMap,
-    io::{BufRead, BufReader, Read, Write},
+    cell::RefCell,
+    collections::VecDeque,
+    io::{Read, Write},
     net::Shutdown,
-    os::unix::net::{UnixListener, UnixStream},
-    path::PathBuf,
     thread,
     time::Instant,
 };
-use tempfile::TempDir;
-use vm_memory::{Bytes, GuestAddress};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
-use walnut_vmm_api::{READY_PORT, connect_line, parse_ok};
-
-const CID: u64 = 42;
-const RX: usize = 0;
-const TX: usize = 1;
-const REQUEST: u16 = 1;
-const RESPONSE: u16 = 2;
-const RESET: u16 = 3;
-const SHUTDOWN: u16 = 4;
-const DATA: u16 = 5;
-const CREDIT_UPDATE: u16 = 6;
-const CREDIT_REQUEST: u16 = 7;
-const PORT: u32 = 1024;
-/// Bytes of each receive buffer: small, so that payload is spread.
-const RX_BYTES: u32 = 700;
-const TX_BYTES: u32 = 64 * 1024;
-
-struct Guest {
-    driver: Driver,
-    rx: HashMap<u16, u64>,
-    device: Vsock,
-    ready: EventFd,
-    directory: TempDir,
-    /// Where the guest's payload lies; reused once a packet is taken.
-    tx_slots: Vec<u64>,
-    tx: HashMap<u16, u64>,
-}
-
-impl Guest {
-    fn start(event_idx: bool, rx_buffers: u16) -> Self {
-        let directory = TempDir::new().unwrap();
-        let listener = UnixListener::bind(directory.path().join("s")).unwrap();
-        let ready = EventFd::new(EFD_NONBLOCK).unwrap();
-        let mut device = Vsock::new(CID, listener.into(), ready.try_clone().unwrap()).unwrap();
-        let (driver, activation) = Driver::new(&[128, 128, 16], event_idx);
-        device.activate(activation).unwrap();
-        let tx_slots = (0..32).map(|slot| FIRST_BUFFER + (1 << 20) + slot * 0x2_0000);
-        let mut guest = Self {
-            driver,
-            rx: HashMap::new(),
-            device,
-            ready,
-            directory,
-            tx_slots: tx_slots.collect(),
-            tx: HashMap::new(),
-        };
-        for slot in 0..u64::from(rx_buffers) {
-            guest.offer_rx(FIRST_BUFFER + slot * 0x1000);
-        }
-        guest
-    }
-
-    fn socket_path(&self) -> PathBuf {
-        self.directory.path().join("s")
-    }
-
-    fn offer_rx(&mut self, address: u64) {
-        let head = self.driver.queues[RX].offer(&[], &[(address, RX_BYTES)]);
-        self.rx.insert(head, address);
-    }
-
-    /// The next packet that the host sent.
-    fn receive(&mut self) -> (Header, Vec<u8>) {
-        let (head, length) = self.driver.wait_used(RX);
-        self.read_packet(head, length)
-    }
-
-    fn read_packet(&mut self, head: u16, length: u32) -> (Header, Vec<u8>) {
-        let address = self.rx.remove(&head).unwrap();
-        let mut bytes = vec![0; usize::try_from(length).unwrap()];
-        self.driver
-            .memory
-            .read_slice(&mut bytes, GuestAddress(address))
-            .unwrap();
-        self.offer_rx(address);
-        let header = Header::from_bytes(bytes[..HEADER_BYTES].try_into().unwrap());
-        assert_eq!((header.src_cid, header.dst_cid), (HOST_CID, CID));
-        assert_eq!(
-            usize::try_from(header.len).unwrap(),
-            bytes.len() - HEADER_BYTES
-        );
-        (header, bytes.split_off(HEADER_BYTES))
-    }
-
-    fn expect(&mut self, op: u16) -> Header {
-        let (header, _) = self.receive();
-        assert_eq!(header.op, op, "{header:?}");
-        header
-    }
-
-    fn send(&mut self, header: Header, payload: &[u8]) {
-        while let Some((head, _)) = self.driver.queues[TX].poll_used() {
-            self.tx_slots.push(self.tx.remove(&head).unwrap());
-        }
-        if self.tx_slots.is_empty() {
-            let (head, _) = self.driver.wait_used(TX);
-            self.tx_slots.push(self.tx.remove(&head).unwrap());
-        }
-        let address = self.tx_slots.pop().unwrap();
-        let memory = &self.driver.memory;
-        memory
-            .write_slice(&header.to_bytes(), GuestAddress(address))
-            .unwrap();
-        let data = address + 0x1000;
-        memory.write_slice(payload, GuestAddress(data)).unwrap();
-        let head_bytes = u32::try_from(HEADER_BYTES).unwrap();
-        let mut readable = vec![(address, head_bytes)];
-        // In two pieces, as Linux does with large packets.
-        let half = payload.len() / 2;
-        for (at, piece) in [(0, &payload[..half]), (half, &payload[half..])] {
-            if !piece.is_empty() {
-                let at = data + u64::try_from(at).unwrap();
-                readable.push((at, u32::try_from(piece.len()).unwrap()));
-            }
-        }
-        let head = self.driver.queues[TX].offer(&readable, &[]);
-        self.tx.insert(head, address);
-    }
-
-    /// A host program that asks for [`PORT`]; the guest has accepted when this returns.
-    fn connect(&mut self, buf_alloc: u32) -> (BufReader<UnixStream>, Peer) {
-        let mut program = dial(&self.socket_path());
-        let request = loop {
-            let (header, _) = self.receive();
-            if header.op != CREDIT_UPDATE {
-                break header;
-            }
-        };
-        assert_eq!((request.op, request.dst_port), (REQUEST, PORT));
-        let peer = Peer::new(&request, buf_alloc);
-        let response = peer.header(RESPONSE);
-        self.send(response, &[]);
-        let mut line = Vec::new();
-        program.read_until(b'\n', &mut line).unwrap();
-        assert_eq!(parse_ok(&line), Ok(request.src_port));
-        (program, peer)
-    }
-}
-
-fn dial(path: &PathBuf) -> BufReader<UnixStream> {
-    let mut program = UnixStream::connect(path).unwrap();
-    program.set_read_timeout(Some(DEADLINE)).unwrap();
-    program.set_write_timeout(Some(DEADLINE)).unwrap();
-    program.write_all(connect_line(PORT).as_bytes()).unwrap();
-    BufReader::new(program)
-}
-
-/// The guest's end of a connection.
-#[derive(Debug, Clone, Copy)]
-struct Peer {
-    host_port: u32,
-    buf_alloc: u32,
-    forwarded: u32,
-    sent: u32,
-    host: Credit,
-}
-
-impl Peer {
-    fn new(request: &Header, buf_alloc: u32) -> Self {
-        Self {
-            host_port: request.src_port,
-            buf_alloc,
-            forwarded: 0,
-            sent: 0,
-            host: request.credit,
-        }
-    }
-
-    fn header(&self, op: u16) -> Header {
-        Header {
-            src_cid: CID,
-            dst_cid: HOST_CID,
-            src_port: PORT,
-            dst_port: self.host_port,
-            socket_type: TYPE_STREAM,
-            op,
-            credit: Credit {
-                buf_alloc: self.buf_alloc,
-                fwd_cnt: self.forwarded,
-            },
-            ..Header::default()
-        }
-    }
-
-    fn credit(&self) -> u32 {
-        self.host.buf_alloc - self.sent.wrapping_sub(self.host.fwd_cnt)
-    }
-
-    fn data(&mut self, payload: &[u8]) -> Header {
-        let len = u32::try_from(payload.len()).unwrap();
-        self.sent = self.sent.wrapping_add(len);
-        Header {
-            len,
-            ..self.header(DATA)
-        }
-    }
-
-    fn shutdown(&self, flags: u32) -> Header {
-        Header {
-            flags,
-            ..self.header(SHUTDOWN)
-        }
-    }
-}
+use walnut_vmm_api::READY_PORT;
 
 fn pattern(length: usize) -> Vec<u8> {
     (0u32..)
@@ -250,7 +46,7 @@ fn echo(event_idx: bool, rx_buffers: u16, buf_alloc: u32, length: usize) {
         program.read_to_end(&mut all).unwrap();
         all
     });
-    let mut backlog = std::collections::VecDeque::new();
+    let mut backlog = VecDeque::new();
     let mut has_ended = false;
     while !(has_ended && backlog.is_empty()) {
         let room = usize::try_from(peer.credit().min(TX_BYTES)).unwrap();
@@ -514,4 +310,53 @@ fn the_configuration_is_the_context_id() {
     guest.device.read_config(u64::MAX, &mut bytes);
     assert_eq!(bytes, [0; 12]);
     assert!(guest.driver.queues[RX].free() == 128);
+}
+
+/// A header with fields that the device knows, so that more of it is reached than by any bytes.
+fn header() -> impl Strategy<Value = Header> {
+    let ports = prop_oneof![Just(READY_PORT), any::<u32>()];
+    let length = prop_oneof![0u32..300, any::<u32>()];
+    let credit = (any::<u32>(), any::<u32>());
+    let op = prop_oneof![8 => 0u16..9, 1 => any::<u16>()];
+    (op, ports, length, 0u32..5, credit).prop_map(
+        move |(op, dst_port, len, flags, (buf_alloc, fwd_cnt))| Header {
+            dst_port,
+            len,
+            flags,
+            credit: Credit { buf_alloc, fwd_cnt },
+            ..Peer::new(&Header::default(), 0).header(op)
+        },
+    )
+}
+
+#[test]
+fn any_packet_is_survived() {
+    let guest = RefCell::new(Guest::start(true, 16));
+    let payload = proptest::collection::vec(any::<u8>(), 0..300);
+    let packets = proptest::collection::vec((0u8..8, header(), payload), 1..20);
+    TestRunner::new(ProptestConfig {
+        cases: 300,
+        // The device lives on from case to case.
+        max_shrink_iters: 0,
+        ..ProptestConfig::default()
+    })
+    .run(&packets, |packets| {
+        let mut guest = guest.borrow_mut();
+        let (mut program, peer) = guest.connect(4096);
+        program.get_mut().write_all(b"hello").unwrap();
+        for (choice, header, payload) in packets {
+            let dst_port = match choice {
+                0 => header.dst_port,
+                _ => peer.host_port,
+            };
+            guest.send(Header { dst_port, ..header }, &payload);
+        }
+        // Whatever became of it, the guest ends it and the program sees the end.
+        guest.send(peer.header(RESET), &[]);
+        let mut rest = Vec::new();
+        let _ = program.read_to_end(&mut rest);
+        prop_assert!(rest.len() <= 20 * 300);
+        Ok(())
+    })
+    .unwrap();
 }

@@ -287,7 +287,7 @@ impl Worker {
                 let mut header = [0; HEADER_BYTES];
                 if reader.read_exact(&mut header).is_ok() {
                     let header = Header::from_bytes(&header);
-                    self.muxer.receive(&header, &mut reader);
+                    self.muxer.receive(&header, &mut reader, &mut self.scratch);
                 }
             }
             self.tx.used(memory, head, 0)?;
