@@ -2,7 +2,7 @@
 //!
 //! containerd turns a code into its own error of that name, by which clients decide. Must not log.
 
-use crate::{guest::GuestError, stdio::StdioError, task::TaskError};
+use crate::{container::refuse::SpecError, guest::GuestError, stdio::StdioError, task::TaskError};
 use std::error::Error;
 use ttrpc::{Code, get_status};
 
@@ -23,7 +23,9 @@ impl From<TaskError> for ttrpc::Error {
             TaskError::NotFound { .. } | TaskError::Finished => Code::NOT_FOUND,
             TaskError::Exists { .. } => Code::ALREADY_EXISTS,
             TaskError::State { .. } | TaskError::Paused { .. } => Code::FAILED_PRECONDITION,
-            TaskError::Unsupported(_) => Code::UNIMPLEMENTED,
+            TaskError::Unsupported(_) | TaskError::Spec(SpecError::Unsupported(_)) => {
+                Code::UNIMPLEMENTED
+            }
             TaskError::Id { .. }
             | TaskError::Signal(_)
             | TaskError::Size { .. }

@@ -229,7 +229,7 @@ impl guest_ttrpc::Guest for GuestService {
         _: &TtrpcContext,
         _: guest_api::ShutdownRequest,
     ) -> Result<guest_api::ShutdownResponse> {
-        self.tasks.kill_everything()?;
+        self.tasks.kill_everything().await?;
         rustix::fs::sync();
         self.end.notify_one();
         Ok(guest_api::ShutdownResponse::new())

@@ -216,8 +216,9 @@ fn listen(socket: &Path) -> Result<UnixListener, BootstrapError> {
 }
 
 fn spawn(args: &Args, bundle: &Path, listener: UnixListener) -> Result<Child, BootstrapError> {
-    let program = Path::new("/proc/self/exe");
-    let mut command = Command::new(program);
+    // By its own name, as a person who looks for it will.
+    let program = std::env::current_exe().map_err(host("finding", Path::new("/proc/self/exe")))?;
+    let mut command = Command::new(&program);
     command
         .args([
             "-namespace",
@@ -234,7 +235,7 @@ fn spawn(args: &Args, bundle: &Path, listener: UnixListener) -> Result<Child, Bo
     if args.debug {
         command.arg("-debug");
     }
-    let child = command.spawn().map_err(host("starting", program))?;
+    let child = command.spawn().map_err(host("starting", &program))?;
     protect(child.id());
     Ok(child)
 }

@@ -48,8 +48,12 @@ impl Sandbox {
         process
             .begin_start()
             .map_err(|state| state_error("start", process.event_id(), state.name()))?;
-        let started = machine.agent().start(&request.id, &request.exec_id);
-        if let Err(error) = machine.ask(started).await {
+        let started = async {
+            process.start_stdin()?;
+            let started = machine.agent().start(&request.id, &request.exec_id);
+            machine.ask(started).await
+        };
+        if let Err(error) = started.await {
             start_failed(&process);
             return Err(error);
         }

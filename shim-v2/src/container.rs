@@ -3,7 +3,7 @@
 //! Asks the guest nothing; `sandbox` and `calls` do, and tell the result here.
 
 use crate::{
-    io::{Drained, Stdio, Streams},
+    io::{Drained, IoError, Stdio, Streams},
     slots::Slots,
 };
 use containerd_shim_protos::types::task::Status;
@@ -260,6 +260,11 @@ impl Process {
                 std::future::pending::<()>().await;
             }
         }
+    }
+
+    /// Starts the input of a process that is about to start.
+    pub(crate) fn start_stdin(&self) -> Result<(), IoError> {
+        self.streams().as_mut().map_or(Ok(()), Streams::start_stdin)
     }
 
     /// Ends the input once all of it is through.

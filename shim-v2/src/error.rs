@@ -162,7 +162,9 @@ fn machine_code(error: &MachineError) -> Code {
             StorageError::Target(_) => Code::INVALID_ARGUMENT,
             StorageError::Path { .. } | StorageError::Rootfs { .. } => Code::INTERNAL,
         },
-        MachineError::Vm(VmError::Image { .. } | VmError::Kvm(_)) => Code::FAILED_PRECONDITION,
+        MachineError::Vm(VmError::Image { .. } | VmError::Unbootable { .. } | VmError::Kvm(_)) => {
+            Code::FAILED_PRECONDITION
+        }
         MachineError::Vm(VmError::Refused { kind, .. }) => match kind {
             FailureKind::Image | FailureKind::Kvm => Code::FAILED_PRECONDITION,
             FailureKind::Config => Code::INVALID_ARGUMENT,

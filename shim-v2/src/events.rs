@@ -17,7 +17,13 @@ use containerd_shim_protos::{
     topics,
 };
 use protobuf::{Message, MessageField, well_known_types::any::Any};
-use std::time::{Duration, SystemTime};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, SystemTime},
+};
 use tokio::sync::{mpsc, oneshot};
 use ttrpc::r#async::{Client, transport::Socket};
 
@@ -31,6 +37,7 @@ const NAMESPACE_KEY: &str = "containerd-namespace-ttrpc";
 #[derive(Debug, Clone)]
 pub(crate) struct Events {
     queue: mpsc::UnboundedSender<Queued>,
+    closed: Arc<AtomicBool>,
 }
 
 #[derive(Debug)]
@@ -70,7 +77,15 @@ impl Events {
     pub(crate) fn start(address: String, namespace: String) -> Self {
         let (queue, receiver) = mpsc::unbounded_channel();
         tokio::spawn(Forwarder { address, namespace }.run(receiver));
-        Self { queue }
+        Self {
+            queue,
+            closed: Arc::default(),
+        }
+    }
+
+    /// Drops every event from now on: containerd is about to tell the rest itself.
+    pub(crate) fn close(&self) {
+        self.closed.store(true, Ordering::Relaxed);
     }
 
     /// A container exists.
@@ -209,6 +224,10 @@ impl Events {
             value: message.write_to_bytes().unwrap_or_default(),
             ..Any::default()
         };
+        if self.closed.load(Ordering::Relaxed) {
+            // Dropping `settled` settles the delivery.
+            return Delivery(receiver);
+        }
         // The worker only ends with the runtime; then nobody waits for the delivery either.
         let _ = self.queue.send(Queued {
             topic,
@@ -309,7 +328,7 @@ impl Forwarder {
 mod tests {
     use super::*;
     use containerd_shim_protos::shim_async::{Events as EventsService, create_events};
-    use std::sync::{Arc, Mutex};
+    use std::sync::Mutex;
 
     struct Recorder(Mutex<Vec<(String, String)>>);
 

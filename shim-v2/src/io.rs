@@ -4,13 +4,16 @@
 //! of an output FIFO are open here, so that opening never waits and writing never fails for want of a reader,
 //! and a write end of the input FIFO is, so that a client that detaches doesn't end the input. The input
 //! ends only by CloseIO.
+//!
+//! The input's FIFO is opened when the process is started: a client may see the end of its own input as
+//! soon as someone reads, and calls CloseIO only if Create or Exec has been answered by then.
 
 use crate::agent::{Agent, AgentError, StreamNames};
 use std::{
     fs::File,
     future::Future,
     io::{self, Write as _},
-    os::unix::fs::OpenOptionsExt as _,
+    os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -97,12 +100,24 @@ pub(crate) enum Drained {
 #[derive(Debug)]
 struct Stdin {
     close: Arc<Notify>,
-    task: AbortHandle,
+    phase: Input,
+}
+
+#[derive(Debug)]
+enum Input {
+    /// The process isn't started yet.
+    Waiting { fifo: PathBuf, stream: UnixStream },
+    /// Bytes flow.
+    Copying(AbortHandle),
+    /// Could not be opened; the process is not started.
+    Failed,
 }
 
 impl Drop for Stdin {
     fn drop(&mut self) {
-        self.task.abort();
+        if let Input::Copying(task) = &self.phase {
+            task.abort();
+        }
     }
 }
 
@@ -137,16 +152,19 @@ impl Streams {
             moved_bytes: Arc::default(),
         };
         // containerd's side first: it costs the guest nothing when it fails.
-        let input = open_input(&stdio.stdin)?;
+        let input = check_input(&stdio.stdin)?;
         let stdout = open_output("stdout", &stdio.stdout)?;
         let stderr = if stdio.terminal {
             None
         } else {
             open_output("stderr", &stdio.stderr)?
         };
-        if let Some((fifo, write_end)) = input {
+        if let Some(fifo) = input {
             let stream = stream(agent, "stdin", &mut names.stdin).await?;
-            streams.start_input(fifo, write_end, stream);
+            streams.stdin = Some(Stdin {
+                close: Arc::default(),
+                phase: Input::Waiting { fifo, stream },
+            });
         }
         if let Some(sink) = stdout {
             let stream = stream(agent, "stdout", &mut names.stdout).await?;
@@ -159,18 +177,24 @@ impl Streams {
         Ok((streams, names))
     }
 
-    fn start_input(&mut self, fifo: pipe::Receiver, write_end: File, stream: UnixStream) {
-        let close = Arc::new(Notify::new());
-        let closed = Arc::clone(&close);
+    /// Starts copying the input, for a process that is about to start.
+    pub(crate) fn start_stdin(&mut self) -> Result<(), IoError> {
+        let Some(stdin) = &mut self.stdin else {
+            return Ok(());
+        };
+        let Input::Waiting { fifo, stream } = std::mem::replace(&mut stdin.phase, Input::Failed)
+        else {
+            return Ok(());
+        };
+        let (receiver, write_end) = open_input(&fifo)?;
+        let closed = Arc::clone(&stdin.close);
         let task = tokio::spawn(async move {
-            let copied = copy_input(fifo, write_end, stream, &closed).await;
+            let copied = copy_input(receiver, write_end, stream, &closed).await;
             // The process may close its input whenever it likes; the client then sees a broken pipe.
             drop(copied);
         });
-        self.stdin = Some(Stdin {
-            close,
-            task: task.abort_handle(),
-        });
+        stdin.phase = Input::Copying(task.abort_handle());
+        Ok(())
     }
 
     fn start_output(&mut self, stream: UnixStream, sink: Sink) {
@@ -245,8 +269,8 @@ fn target<'a>(which: &'static str, address: &'a str) -> Result<Target<'a>, IoErr
     }
 }
 
-/// The read end and a write end of the input's FIFO.
-fn open_input(address: &str) -> Result<Option<(pipe::Receiver, File)>, IoError> {
+/// The input's FIFO, not opened.
+fn check_input(address: &str) -> Result<Option<PathBuf>, IoError> {
     let which = "stdin";
     let path = match target(which, address)? {
         Target::Null => return Ok(None),
@@ -258,8 +282,25 @@ fn open_input(address: &str) -> Result<Option<(pipe::Receiver, File)>, IoError> 
             });
         }
     };
+    let is_fifo = std::fs::metadata(path).and_then(|metadata| match metadata.file_type() {
+        kind if kind.is_fifo() => Ok(()),
+        _ => Err(io::Error::other("it is not a FIFO")),
+    });
+    let path = path.to_owned();
+    match is_fifo {
+        Ok(()) => Ok(Some(path)),
+        Err(source) => Err(IoError::Open {
+            which,
+            path,
+            source,
+        }),
+    }
+}
+
+/// The read end and a write end of the input's FIFO.
+fn open_input(path: &Path) -> Result<(pipe::Receiver, File), IoError> {
     let failed = |source| IoError::Open {
-        which,
+        which: "stdin",
         path: path.to_owned(),
         source,
     };
@@ -270,7 +311,7 @@ fn open_input(address: &str) -> Result<Option<(pipe::Receiver, File)>, IoError> 
         .custom_flags(libc::O_NONBLOCK)
         .open(path)
         .map_err(failed)?;
-    Ok(Some((receiver, write_end)))
+    Ok((receiver, write_end))
 }
 
 fn open_output(which: &'static str, address: &str) -> Result<Option<Sink>, IoError> {
@@ -403,9 +444,13 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = fifo(directory.path());
         let (mut guest, host) = UnixStream::pair().unwrap();
-        let (receiver, write_end) = open_input(path.to_str().unwrap()).unwrap().unwrap();
+        let fifo = check_input(path.to_str().unwrap()).unwrap().unwrap();
         let mut streams = Streams::none();
-        streams.start_input(receiver, write_end, host);
+        streams.stdin = Some(Stdin {
+            close: Arc::default(),
+            phase: Input::Waiting { fifo, stream: host },
+        });
+        streams.start_stdin().unwrap();
         let sent = pattern(20 << 20);
         let expected = sent.clone();
         let reader = tokio::spawn(async move {
@@ -461,6 +506,31 @@ mod tests {
         drop(guest);
         copy_output(host, sink, Arc::default()).await;
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "before after");
+    }
+
+    #[tokio::test]
+    async fn a_close_that_comes_before_the_start_is_kept() {
+        let directory = tempfile::tempdir().unwrap();
+        let fifo = fifo(directory.path());
+        let (mut guest, stream) = UnixStream::pair().unwrap();
+        let mut streams = Streams::none();
+        streams.stdin = Some(Stdin {
+            close: Arc::default(),
+            phase: Input::Waiting { fifo, stream },
+        });
+        streams.close_stdin();
+        streams.start_stdin().unwrap();
+        let mut bytes = Vec::new();
+        guest.read_to_end(&mut bytes).await.unwrap();
+        assert!(bytes.is_empty());
+    }
+
+    #[test]
+    fn an_input_that_is_not_a_fifo_is_named() {
+        for address in ["/dev/null", "/does/not/exist", "file:///dev/null"] {
+            let error = check_input(address).unwrap_err().to_string();
+            assert!(error.contains(address), "{error}");
+        }
     }
 
     #[test]

@@ -29,14 +29,12 @@ use crate::{
 use containerd_shim_protos::api;
 use oci_spec::runtime::Spec;
 use std::{
+    future::Future,
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
 };
-use tokio::{sync::watch, time::timeout};
+use tokio::sync::watch;
 
-/// How long containerd gets to take the last exits when the shim is told to end.
-const TERMINATION_DEADLINE: Duration = Duration::from_secs(15);
 /// What a process that could not be started reports.
 const START_FAILED: u32 = 255;
 
@@ -188,6 +186,7 @@ impl Sandbox {
                 let machine = Arc::new(machine);
                 self.phase
                     .send_replace(Phase::Running(Arc::clone(&machine)));
+                tokio::spawn(log_unexpected_end(machine.exited(), self.phase.subscribe()));
                 Ok(machine)
             }
             Err(error) => {
@@ -288,21 +287,22 @@ impl Sandbox {
         let _ = finished.wait_for(|finished| *finished).await;
     }
 
-    /// Ends everything because the server was told to end: containers exit with 137, nothing is left behind.
+    /// Ends everything because the server was told to end; nothing is left behind. containerd notices the
+    /// server's end and tells the exits itself, so they are not told here: an exit is told once.
     pub(crate) async fn terminate(&self) {
-        let Some(machine) = self.running() else {
-            return;
-        };
-        machine.kill().await;
-        let told = async {
-            for container in self.containers.all() {
-                container.init.wait().await;
-            }
-        };
-        if timeout(TERMINATION_DEADLINE, told).await.is_err() {
-            log::line("containerd did not take the last exits");
+        self.events.close();
+        if let Some(machine) = self.running() {
+            machine.kill().await;
+            machine.stop().await;
         }
-        machine.stop().await;
+    }
+}
+
+/// Says in the log why a VM ended that nobody had asked to.
+async fn log_unexpected_end(ended: impl Future<Output = ()>, phase: watch::Receiver<Phase>) {
+    ended.await;
+    if let Phase::Running(machine) = &*phase.borrow() {
+        log::line(&format!("the VM has ended: {}", machine.describe_end()));
     }
 }
 
@@ -335,22 +335,20 @@ pub(crate) async fn watch_process(machine: Arc<Machine>, process: Arc<Process>, 
 }
 
 async fn wait_in_guest(machine: &Machine, process: &Process) -> u32 {
-    match machine
+    let waiting = machine
         .agent()
-        .wait(process.container_id(), process.exec_id())
-        .await
-    {
+        .wait(process.container_id(), process.exec_id());
+    match machine.ask(waiting).await {
         Ok(status) => status,
+        Err(ShimError::VmEnded(_)) => KILLED,
         // The agent lives and doesn't know the process, as after a start that failed.
-        Err(error @ AgentError::Refused { .. }) => {
+        Err(error @ ShimError::Agent(AgentError::Refused { .. })) => {
             log::error("the guest's agent refuses to wait for a process", &error);
             START_FAILED
         }
         Err(error) => {
-            if !machine.has_exited() {
-                log::error("waiting for a process failed, ending its VM", &error);
-                machine.kill().await;
-            }
+            log::error("waiting for a process failed, ending its VM", &error);
+            machine.kill().await;
             KILLED
         }
     }

@@ -5,7 +5,7 @@
 //! OCI runtime specification 1.2, config.md and config-linux.md.
 
 use crate::mounts::{Bind, MountOptionsError, parse_options};
-use oci_spec::runtime::{LinuxNamespaceType, Mount, RootBuilder, Spec};
+use oci_spec::runtime::{LinuxNamespaceType, Mount, Spec};
 use std::path::{Path, PathBuf};
 use walnut_agent_api::SHARE_MOUNT_POINT;
 
@@ -110,13 +110,9 @@ pub(crate) fn host_part(spec: &Spec) -> HostPart {
 /// Rewrites a configuration for the guest.
 pub(crate) fn translate(mut spec: Spec, container_id: &str) -> Result<Translation, SpecError> {
     let base = Path::new(SHARE_MOUNT_POINT).join(container_id);
-    let host_root = spec.root().as_ref().ok_or(SpecError::Missing("root"))?;
-    let mut root = RootBuilder::default().path(base.join("rootfs"));
-    if let Some(read_only) = host_root.readonly() {
-        root = root.readonly(read_only);
-    }
-    // Every field of the builder that has no default is set above.
-    spec.set_root(root.build().ok());
+    let root = spec.root_mut().as_mut().ok_or(SpecError::Missing("root"))?;
+    // Changed in place: what the crate builds anew is read-only unless told otherwise.
+    root.set_path(base.join("rootfs"));
     translate_linux(&mut spec, container_id)?;
     let volumes = translate_mounts(&mut spec, &base.join("mounts"))?;
     Ok(Translation {
@@ -224,6 +220,14 @@ mod tests {
         let root = guest.root().as_ref().unwrap();
         assert_eq!(root.path(), Path::new("/run/walnut/share/c1/rootfs"));
         assert_eq!(root.readonly(), Some(true));
+    }
+
+    #[test]
+    fn a_root_that_says_nothing_stays_writable() {
+        let json = r#"{"ociVersion":"1.2.0","root":{"path":"rootfs"}}"#;
+        let guest = translate(spec(json), "c1").unwrap().guest;
+        let root = serde_json::to_value(guest.root()).unwrap();
+        assert_ne!(root["readonly"], true);
     }
 
     #[test]

@@ -101,6 +101,16 @@ pub(crate) enum VmError {
         /// Its own words.
         reason: String,
     },
+    /// The VMM refused what it was given to boot; it has no names for files.
+    #[error("cannot boot {kernel:?} with {initramfs:?}: {reason}")]
+    Unbootable {
+        /// The guest's kernel.
+        kernel: PathBuf,
+        /// The guest's initramfs.
+        initramfs: PathBuf,
+        /// The VMM's own words.
+        reason: String,
+    },
     /// The VMM ended.
     #[error("the VM ended before its guest was ready: {0}")]
     Ended(String),
@@ -165,7 +175,16 @@ impl Vm {
         }
         drop(files);
         match timeout(BOOT_DEADLINE, vm.wait_ready()).await {
-            Ok(ready) => ready.map(|()| vm),
+            Ok(Ok(())) => Ok(vm),
+            Ok(Err(VmError::Refused {
+                kind: FailureKind::Image,
+                reason,
+            })) => Err(VmError::Unbootable {
+                kernel: plan.config.kernel.clone(),
+                initramfs: plan.config.initramfs.clone(),
+                reason,
+            }),
+            Ok(Err(error)) => Err(error),
             Err(_) => Err(VmError::Deadline {
                 console: console_tail(&vm.console),
             }),

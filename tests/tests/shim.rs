@@ -1,6 +1,7 @@
 //! The shim without containerd's daemon as its caller: its command line, and its server over ttrpc.
 
 use anyhow::{Context, Result, ensure};
+use rustix::process::Signal;
 use serde_json::{Value, json};
 use std::{fs, os::unix::net::UnixStream, path::Path, process::Command};
 use tempfile::TempDir;
@@ -17,6 +18,7 @@ use walnut_tests::{
     ctr::Runtime,
     deadline::{self, Deadline},
     leak::Leak,
+    processes,
     programs::Programs,
     requirement::{self, CONTAINERD_SOCKET},
     task::{Stdio, Tasks, refused},
@@ -57,7 +59,7 @@ impl Bundle {
             .env("TTRPC_ADDRESS", format!("{CONTAINERD_SOCKET}.ttrpc"))
             .env("GRPC_ADDRESS", CONTAINERD_SOCKET)
             .env("NAMESPACE", NAMESPACE)
-            .env("MAX_SHIM_VERSION", "2");
+            .env("MAX_SHIM_VERSION", "3");
         command::run(&mut shim, Vec::new(), Deadline::after(deadline::REQUEST))
     }
 
@@ -98,6 +100,17 @@ impl Bundle {
             TaskClient::new(client).shutdown(context, &request).await
         });
         Ok(())
+    }
+}
+
+impl Drop for Bundle {
+    fn drop(&mut self) {
+        // A server that a failed test has left would be the next test's leak.
+        for process in processes::list().unwrap_or_default() {
+            if process.runs("containerd-shim-walnut-v2") && process.command.contains(&self.id) {
+                let _ = process.kill(Signal::KILL);
+            }
+        }
     }
 }
 

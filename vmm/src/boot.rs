@@ -11,6 +11,7 @@ use crate::{
         reset::{I8042, Power},
         serial::SerialPort,
         virtio::{
+            balloon::Balloon,
             block::{Block, BlockError, Disk},
             fs::{FileSystem, FsError, PendingShare, ShareServer},
             rng::Rng,
@@ -93,6 +94,7 @@ pub fn boot(config: &VmConfig, files: &mut Files) -> Result<Booted, BootError> {
     enter_jail(config, files)?;
 
     machine.add_virtio(Box::new(Rng::new()))?;
+    machine.add_virtio(Box::new(Balloon::new()))?;
     add_vsock(&mut machine, config, files, &ready)?;
     add_share(&mut machine, share)?;
     for disk in &config.disks {

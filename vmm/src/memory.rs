@@ -49,6 +49,16 @@ pub enum MemoryError {
         /// Why not.
         source: io::Error,
     },
+    /// Pages cannot be given back.
+    #[error("cannot give back {bytes} bytes of guest RAM at {at:#x}")]
+    Discard {
+        /// Where they start.
+        at: u64,
+        /// How much.
+        bytes: u64,
+        /// Why not.
+        source: io::Error,
+    },
     /// The file cannot be read.
     #[error("cannot read {bytes} bytes at offset {offset} of a file")]
     Read {
@@ -106,6 +116,20 @@ fn ask_for_huge_pages(
             source: source.into(),
         }),
     }
+}
+
+/// Gives whole pages of guest RAM back to the host; they read as zeroes from then on.
+pub fn discard(memory: &GuestMemoryMmap, at: GuestAddress, bytes: u64) -> Result<(), MemoryError> {
+    let slice = slice(memory, at, bytes)?;
+    let start = slice.ptr_guard_mut().as_ptr().cast();
+    // SAFETY: the slice proves that these pages are guest RAM, which is private anonymous memory that is only
+    // accessed as volatile bytes: that they become zero invalidates no reference.
+    let result = unsafe { madvise(start, slice.len(), Advice::LinuxDontNeed) };
+    result.map_err(|source| MemoryError::Discard {
+        at: at.0,
+        bytes,
+        source: source.into(),
+    })
 }
 
 /// Copies part of `file` into guest RAM.
@@ -246,6 +270,24 @@ mod tests {
             let mut seen = vec![0; usize::try_from(bytes).unwrap()];
             memory.read_slice(&mut seen, GuestAddress(40_000)).unwrap();
             prop_assert_eq!(&seen[..], &contents()[100..100 + seen.len()]);
+        }
+    }
+
+    #[test]
+    fn discarded_pages_are_zero_and_their_neighbours_are_kept() {
+        let memory = ram();
+        memory.write_slice(&[7; 12_288], GuestAddress(0)).unwrap();
+        discard(&memory, GuestAddress(4096), 4096).unwrap();
+        let mut seen = [1; 12_288];
+        memory.read_slice(&mut seen, GuestAddress(0)).unwrap();
+        assert_eq!(seen[..4096], [7; 4096]);
+        assert_eq!(seen[4096..8192], [0; 4096]);
+        assert_eq!(seen[8192..], [7; 4096]);
+        for (at, bytes) in [(0xf000, 8192), (u64::MAX - 4095, 4096), (1, 4096)] {
+            assert!(
+                discard(&memory, GuestAddress(at), bytes).is_err(),
+                "{at:#x}"
+            );
         }
     }
 

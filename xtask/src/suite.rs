@@ -22,6 +22,9 @@ const LAB_TESTS: &str = "walnut-tests";
 /// The test of that package that reads the source tree, and so runs on this machine.
 const TREE_TEST: &str = "tidy";
 
+/// The package whose test sets up real containers, on this machine.
+const AGENT: &str = "walnut-agent";
+
 /// How long one test program may be silent.
 const SILENCE_LIMIT: Duration = Duration::from_secs(900);
 
@@ -124,7 +127,7 @@ fn cargo(project: &Project) -> Command {
     cargo
 }
 
-/// Unit tests of all packages, and the test that reads the source tree.
+/// Unit tests of all packages, the test that reads the source tree, and the agent's with real containers.
 fn host_tests(project: &Project, progress: Progress) -> Result<Counts> {
     let unit = [
         "test",
@@ -143,8 +146,21 @@ fn host_tests(project: &Project, progress: Progress) -> Result<Counts> {
         "--test",
         TREE_TEST,
     ];
+    let containers = [
+        "test",
+        "--release",
+        "--no-fail-fast",
+        "-p",
+        AGENT,
+        "--test",
+        "agent",
+    ];
     let mut counts = Counts::default();
-    for (name, arguments) in [("unit tests", unit.as_slice()), ("the source tree", &tree)] {
+    for (name, arguments) in [
+        ("unit tests", unit.as_slice()),
+        ("the source tree", &tree),
+        ("the agent's containers", &containers),
+    ] {
         progress.say("test", &format!("{name}, on this machine"));
         let mut command = cargo(project);
         command.args(["--color", "never"]).args(arguments);

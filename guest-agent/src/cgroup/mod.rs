@@ -87,9 +87,13 @@ impl Hierarchy {
         Ok(Cgroup { path })
     }
 
-    /// Kills every process of every container.
-    pub(crate) fn kill_all(&self) -> Result<(), CgroupError> {
-        write(&self.0, "cgroup.kill", "1")
+    /// Kills every process of every container, and waits until they are gone.
+    pub(crate) async fn kill_all(&self) -> Result<(), CgroupError> {
+        let all = Cgroup {
+            path: self.0.clone(),
+        };
+        all.kill()?;
+        all.event("populated", false).await
     }
 }
 

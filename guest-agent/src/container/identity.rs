@@ -10,7 +10,7 @@ use super::{
 use rustix::{
     fs::{Gid, Mode, Uid, fchown, fstat, makedev},
     io::Errno,
-    process::{Resource, Rlimit as Limit, setrlimit},
+    process::{Resource, Rlimit as Limit, getrlimit, setrlimit},
     stdio,
     thread::{
         CapabilitySet, CapabilitySets, clear_ambient_capability_set,
@@ -19,6 +19,9 @@ use rustix::{
     },
 };
 use std::io::Write;
+
+/// Soft limit of open files, as the kernel gives it to its first process.
+const USUAL_FILES: u64 = 1024;
 
 /// Everything that takes privilege away, in the order that needs it.
 pub(super) fn assume(process: &Process) -> Result<(), SetupError> {
@@ -36,6 +39,20 @@ pub(super) fn assume(process: &Process) -> Result<(), SetupError> {
     )
     .map_err(SetupError::named("cannot set process.capabilities"))?;
     set_ambient(sets.ambient)
+}
+
+/// The agent holds many files; a program that was given no limit finds the usual one, which it may raise.
+pub(super) fn set_usual_limits() -> Result<(), SetupError> {
+    let files = getrlimit(Resource::Nofile);
+    let usual = Limit {
+        current: Some(
+            files
+                .maximum
+                .map_or(USUAL_FILES, |most| most.min(USUAL_FILES)),
+        ),
+        maximum: files.maximum,
+    };
+    setrlimit(Resource::Nofile, usual).map_err(SetupError::step("cannot set the usual limits"))
 }
 
 /// Sets `process.rlimits`; earlier than [`assume`], as raising one needs privilege.

@@ -68,6 +68,7 @@ fn first_stage(socket: &OwnedFd, job: &Job, fds: JobFds) -> Result<(), SetupErro
     // Processes of the container must not look into this one while it still is the agent's program.
     let alone = SingleThread::check().map_err(SetupError::step("cannot fork"))?;
     nix::sys::prctl::set_dumpable(false).map_err(SetupError::step("cannot become undumpable"))?;
+    identity::set_usual_limits()?;
     identity::set_oom_score(job.process().oom_score_adj)?;
     let flags = match job {
         Job::Create(spec) => new_namespaces(spec)?,

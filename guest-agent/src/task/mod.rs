@@ -197,6 +197,10 @@ impl Tasks {
 
     /// Makes a container whose first process waits to be started; answers its id in the guest.
     pub(crate) async fn create(&self, request: CreateContainer<'_>) -> Result<i32, TaskError> {
+        // First, so that the streams of a request that fails are closed with it.
+        let claimed = request
+            .names
+            .claim(&self.machinery.streams, request.terminal)?;
         check_id("container", &request.id)?;
         let spec = parse_spec(request.spec)?;
         validate(&spec)?;
@@ -209,9 +213,6 @@ impl Tasks {
                 id: request.id,
             });
         }
-        let claimed = request
-            .names
-            .claim(&self.machinery.streams, request.terminal)?;
         let cgroup = self.machinery.hierarchy.create(&request.id)?;
         let process = Process::new(request.terminal, request.names, claimed);
         let container = Arc::new(Container::new(
@@ -245,6 +246,9 @@ impl Tasks {
 
     /// Adds a process to a container; it runs once it is started.
     pub(crate) fn add(&self, id: &str, request: AddProcess<'_>) -> Result<(), TaskError> {
+        let claimed = request
+            .names
+            .claim(&self.machinery.streams, request.terminal)?;
         check_id("process", &request.exec_id)?;
         let container = self.container(id)?;
         let process = parse_process(request.process)?;
@@ -257,9 +261,6 @@ impl Tasks {
                 id: request.exec_id,
             });
         }
-        let claimed = request
-            .names
-            .claim(&self.machinery.streams, request.terminal)?;
         let added = Process::added(request.names, claimed, process);
         container.insert(request.exec_id, added);
         Ok(())
@@ -325,8 +326,8 @@ impl Tasks {
     }
 
     /// Kills everything, for the end of the guest.
-    pub(crate) fn kill_everything(&self) -> Result<(), TaskError> {
-        Ok(self.machinery.hierarchy.kill_all()?)
+    pub(crate) async fn kill_everything(&self) -> Result<(), TaskError> {
+        Ok(self.machinery.hierarchy.kill_all().await?)
     }
 }
 

@@ -7,8 +7,8 @@ use serde_json::json;
 async fn devices_are_refused_by_the_kernel() {
     let Some(agent) = agent().await else { return };
     // CAP_MKNOD is among the defaults, and any node may be made: opening is what is refused.
-    let command = "mknod /tmp/other c 240 0 && mknod /tmp/zero c 1 5; head -c1 /tmp/zero | wc -c; \
-                   head -c1 /tmp/other";
+    let command = "mknod /run/other c 240 0 && mknod /run/zero c 1 5; head -c1 /run/zero | wc -c; \
+                   head -c1 /run/other";
     let outcome = agent.run(command, |_, _| {}).await;
     assert_eq!(outcome.stdout, "1\n", "{outcome:?}");
     assert!(

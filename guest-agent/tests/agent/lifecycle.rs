@@ -134,6 +134,7 @@ async fn a_process_joins_a_container() {
     );
     agent.delete(&id, &exec_id).await.unwrap();
     agent.end(&id).await;
+    let streams = agent.streams().await;
     assert_eq!(
         refusal(agent.exec(&id, "late", &process, &streams).await).0,
         Code::NOT_FOUND
@@ -148,8 +149,9 @@ async fn a_wait_may_come_before_the_start_of_an_exec() {
     process["args"] = json!(["/bin/sh", "-c", "exit 9"]);
     let (exec_id, streams) = (unique("exec"), agent.streams().await);
     agent.exec(&id, &exec_id, &process, &streams).await.unwrap();
+    let others = agent.streams().await;
     assert_eq!(
-        refusal(agent.exec(&id, &exec_id, &process, &streams).await).0,
+        refusal(agent.exec(&id, &exec_id, &process, &others).await).0,
         Code::ALREADY_EXISTS
     );
     let (exit, started) = tokio::join!(agent.wait(&id, &exec_id), agent.start(&id, &exec_id));

@@ -60,11 +60,11 @@ async fn a_process_is_who_it_is_to_be() {
                    grep -E '^(Cap|NoNewPrivs|SigBlk)' /proc/self/status";
     let outcome = agent
         .run(command, |spec, root| {
-            fs::create_dir(root.join("work")).unwrap();
+            fs::create_dir(root.join("srv")).unwrap();
             let process = &mut spec["process"];
             process["user"] =
                 json!({"uid": 1000, "gid": 1001, "additionalGids": [5, 7], "umask": 0o27});
-            process["cwd"] = json!("/work/made/below");
+            process["cwd"] = json!("/srv/made/below");
             process["oomScoreAdj"] = json!(123);
             process["rlimits"] = json!([{"type": "RLIMIT_NOFILE", "soft": 77, "hard": 99}]);
             process["capabilities"] = json!({
@@ -78,7 +78,7 @@ async fn a_process_is_who_it_is_to_be() {
         .await;
     let kill = "0000000000000020";
     let expected = format!(
-        "1000\n1001 5 7\n0027\n77\n/work/made/below\n/home/user\n123\n\
+        "1000\n1001 5 7\n0027\n77\n/srv/made/below\n/home/user\n123\n\
          SigBlk:\t0000000000000000\n\
          CapInh:\t{kill}\nCapPrm:\t{kill}\nCapEff:\t{kill}\nCapBnd:\t0000000000002020\nCapAmb:\t{kill}\n\
          NoNewPrivs:\t1\n"

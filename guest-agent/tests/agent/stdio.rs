@@ -79,6 +79,22 @@ async fn a_child_that_is_left_holds_the_stream_open() {
 }
 
 #[tokio::test]
+async fn the_streams_of_a_refused_request_are_closed() {
+    let Some(agent) = agent().await else { return };
+    let id = unique("refused");
+    let mut streams = agent.streams().await;
+    agent
+        .create(&id, &json!({}), Some(&streams))
+        .await
+        .unwrap_err();
+    let mut nothing = Vec::new();
+    for stream in [&mut streams.stdout, &mut streams.stderr] {
+        let end = timeout(DEADLINE, stream.read_to_end(&mut nothing)).await;
+        assert_eq!(end.unwrap().unwrap(), 0);
+    }
+}
+
+#[tokio::test]
 async fn without_streams_there_is_dev_null() {
     let Some(agent) = agent().await else { return };
     let id = unique("null");

@@ -65,7 +65,11 @@ pub(crate) const EXCEPTIONS: &[Exception] = &[
         "vmm/src/jail.rs",
         "makes a mount namespace, which is only safe while there is one thread",
     ),
-    ("unsafe", "vmm/src/memory.rs", "tells the kernel how to back guest memory"),
+    (
+        "unsafe",
+        "vmm/src/memory.rs",
+        "tells the kernel how to back guest memory",
+    ),
     (
         "unsafe",
         "vmm/src/vcpu.rs",

@@ -4,6 +4,7 @@
 //! an executor that does the I/O on the device's own thread. The transport ([`mmio`]) owns queues,
 //! features and status for every device. Devices must not import `vm`, `vcpu` or `boot`.
 
+pub mod balloon;
 pub mod block;
 pub mod fs;
 pub mod mmio;
@@ -29,6 +30,8 @@ pub enum DeviceType {
     Block = 2,
     /// Section 5.4.
     Entropy = 4,
+    /// Section 5.5.
+    Balloon = 5,
     /// Section 5.10.
     Socket = 19,
     /// Section 5.11.
