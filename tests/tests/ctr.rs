@@ -118,7 +118,7 @@ const ADDED: [(&[&str], &str); 7] = [
     (&[], "kill -TERM $$"),
     (
         &[],
-        "cat /proc/1/cmdline | tr '\\0' ' '; cat /proc/self/cgroup",
+        "cat /proc/1/cmdline | tr '\\0' ' '; basename $(cat /proc/self/cgroup)",
     ),
     (
         &[],

@@ -70,10 +70,9 @@ impl Bundle {
         ensure!(reply.stderr.is_empty(), "{reply:?}");
         let parsed: Value = serde_json::from_slice(&reply.stdout)
             .with_context(|| format!("the reply is no JSON: {:?}", reply.text()))?;
-        ensure!(
-            parsed["version"] == 3 && parsed["protocol"] == "ttrpc",
-            "{parsed}"
-        );
+        let version = &parsed["version"];
+        ensure!(*version == 2 || *version == 3, "{parsed}");
+        ensure!(parsed["protocol"] == "ttrpc", "{parsed}");
         let address = parsed["address"].as_str().unwrap_or_default();
         let path = address.strip_prefix("unix://").context("no Unix address")?;
         Tasks::over(UnixStream::connect(path).context("nobody listens")?)

@@ -18,7 +18,7 @@ use rustix::{
     },
 };
 use std::{
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     path::Path,
 };
 
@@ -84,6 +84,14 @@ pub(super) fn clone_of(place: &impl AsFd, tree: bool) -> rustix::io::Result<Owne
     open_tree(place, "", OpenTreeFlags::AT_EMPTY_PATH | clone_flags(tree))
 }
 
+/// A detached copy of a cgroup's directory. Its descriptor is of the agent's mount namespace, from which
+/// nothing can be copied; this namespace has the directory in the same place.
+fn clone_of_cgroup(cgroup: BorrowedFd<'_>) -> rustix::io::Result<OwnedFd> {
+    let link = format!("/proc/self/fd/{}", cgroup.as_raw_fd());
+    let path = rustix::fs::readlink(link, Vec::new())?;
+    open_tree(CWD, path, clone_flags(false))
+}
+
 fn clone_flags(tree: bool) -> OpenTreeFlags {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     if tree {
@@ -132,7 +140,7 @@ fn detach(
             if context.cgroup_namespace {
                 new_file_system("cgroup2", Path::new("cgroup"), &[])
             } else {
-                clone_of(&context.cgroup, false)
+                clone_of_cgroup(context.cgroup)
             }
         }
         Bind::No if FILE_SYSTEMS.contains(&mount.kind.as_str()) => {
