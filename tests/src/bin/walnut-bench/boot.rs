@@ -43,8 +43,10 @@ pub(crate) fn walnut(programs: &Programs) -> Result<Boot> {
         .console(console.as_ref())
         .start()?;
     drop(writer);
-    let line = first_line(reader, started)?;
-    vm.wait()?.ends_with(VmmExit::Ended)?;
+    let line = first_line(reader, started);
+    let ended = vm.wait()?;
+    let line = line.with_context(|| format!("walnut-vmm: {ended:?}"))?;
+    ended.ends_with(VmmExit::Ended)?;
     finish(line, started)
 }
 
@@ -64,8 +66,9 @@ pub(crate) fn qemu(programs: &Programs) -> Result<Boot> {
         child.wait().context("cannot wait for QEMU")?;
     }
     let status = status.context("QEMU did not end by the deadline")?;
+    let line = line.with_context(|| format!("QEMU ended with {status}"))?;
     ensure!(status.success(), "QEMU ended with {status}");
-    finish(line?, started)
+    finish(line, started)
 }
 
 /// The probe's line and when it came. A VMM that ends without it closes the pipe.
