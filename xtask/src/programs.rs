@@ -14,6 +14,16 @@ const STATIC_TARGET: &str = "x86_64-unknown-linux-gnu";
 /// The host's programs; each is a package of the same name.
 pub(crate) const HOST_PROGRAMS: [&str; 2] = ["containerd-shim-walnut-v2", "walnut-vmm"];
 
+/// What cargo builds for this machine. Always for the whole workspace: cargo chooses the features of
+/// a dependency by what it is asked for, and compiles it again for another choice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Targets {
+    /// The programs.
+    Programs,
+    /// The programs and all tests.
+    ProgramsAndTests,
+}
+
 /// Makes a cargo command build a static program of the release profile.
 pub(crate) fn static_build(cargo: &mut Command, package: &str, target: &Path) {
     cargo.env("RUSTFLAGS", "-C target-feature=+crt-static");
@@ -34,17 +44,17 @@ pub(crate) fn static_program(target: &Path, name: &str) -> PathBuf {
     target.join(STATIC_TARGET).join("release").join(name)
 }
 
-/// Builds the shim, the VMM and the agent; returns the agent's path.
-pub(crate) fn build(project: &Project, progress: Progress) -> Result<PathBuf> {
-    progress.step("build", "shim and VMM", || {
+/// Builds the programs; returns the agent's path.
+pub(crate) fn build(project: &Project, targets: Targets, progress: Progress) -> Result<PathBuf> {
+    progress.step("build", "shim, VMM and the rest", || {
         let mut cargo = Command::new("cargo");
         cargo
             .current_dir(&project.root)
-            .args(["build", "--release", "--target-dir"]);
-        cargo.arg(&project.target);
-        for package in HOST_PROGRAMS {
-            cargo.args(["-p", package]);
+            .args(["build", "--release", "--workspace"]);
+        if targets == Targets::ProgramsAndTests {
+            cargo.arg("--all-targets");
         }
+        cargo.arg("--target-dir").arg(&project.target);
         progress.run("build", &mut cargo, &project.logs().join("build.log"))
     })?;
     progress.step("build", "agent (static)", || {
