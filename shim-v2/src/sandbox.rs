@@ -38,6 +38,8 @@ use tokio::sync::watch;
 /// What a process that could not be started reports.
 const START_FAILED: u32 = 255;
 
+const SIGKILL: u32 = 9;
+
 /// Where the machine is in its life.
 #[derive(Clone)]
 enum Phase {
@@ -54,6 +56,7 @@ pub(crate) struct Sandbox {
     phase: watch::Sender<Phase>,
     pub(crate) containers: Slots<Container>,
     pub(crate) events: Events,
+    asked_to_leave: watch::Sender<bool>,
     finished: watch::Sender<bool>,
 }
 
@@ -66,6 +69,7 @@ impl Sandbox {
             phase: watch::Sender::new(Phase::Idle),
             containers: Slots::default(),
             events,
+            asked_to_leave: watch::Sender::new(false),
             finished: watch::Sender::new(false),
         }
     }
@@ -95,7 +99,11 @@ impl Sandbox {
             Ok((machine, container)) => {
                 let container = Arc::new(container);
                 let init = Arc::clone(&container.init);
-                self.containers.fill(&id, container);
+                if !self.containers.fill_if_wanted(&id, container) {
+                    discard(&machine, &id).await;
+                    self.forget(&id).await;
+                    return Err(state_error("create", &id, "given up by who asked for it"));
+                }
                 let pid = init.pid();
                 self.events.created(&request, pid);
                 tokio::spawn(watch_process(machine, init, self.events.clone()));
@@ -224,7 +232,11 @@ impl Sandbox {
             .begin_removal(&id)
             .map_err(|error| match error {
                 SlotError::Missing => ShimError::NoContainer(id.clone()),
-                SlotError::Making => state_error("delete", &id, "being created"),
+                SlotError::Making => {
+                    // containerd's client has gone, and this is its only attempt to clean up.
+                    self.containers.abandon(&id);
+                    state_error("delete", &id, "being created")
+                }
                 SlotError::Removing => state_error("delete", &id, "being deleted"),
             })?;
         match self.release_container(&id, &container).await {
@@ -265,17 +277,27 @@ impl Sandbox {
             return;
         }
         let Some(machine) = self.running() else {
+            self.leave_if_asked();
             return;
         };
         // Nothing waits between the removal and this: a Create that comes next finds `Stopping` and waits.
         self.enter(Phase::Stopping, |phase| matches!(phase, Phase::Running(_)));
         machine.stop().await;
         self.phase.send_replace(Phase::Idle);
+        self.leave_if_asked();
     }
 
-    /// Shutdown: ends the server, unless there are containers.
+    /// Shutdown: ends the server, unless there are containers. containerd does not ask again, so that
+    /// containers which are being made for nobody only put it off.
     pub(crate) fn shutdown(&self) {
-        if self.containers.is_empty() {
+        if self.containers.is_abandoned() {
+            self.asked_to_leave.send_replace(true);
+            self.leave_if_asked();
+        }
+    }
+
+    fn leave_if_asked(&self) {
+        if *self.asked_to_leave.borrow() && self.containers.is_empty() {
             self.finished.send_replace(true);
         }
     }
@@ -377,6 +399,24 @@ pub(crate) async fn delete_in_guest(
     match machine.ask(machine.agent().delete(id, exec_id)).await {
         Err(error) if error.is_not_found() || machine.has_exited() => Ok(()),
         other => other,
+    }
+}
+
+/// Removes a container that was made for nobody, as far as the guest goes along.
+async fn discard(machine: &Machine, id: &str) {
+    let kill = api::KillRequest {
+        id: id.to_owned(),
+        signal: SIGKILL,
+        ..Default::default()
+    };
+    let removed = async {
+        machine.ask(machine.agent().kill(&kill)).await?;
+        machine.ask(machine.agent().wait(id, "")).await?;
+        delete_in_guest(machine, id, "").await?;
+        Ok::<(), ShimError>(machine.withdraw(id).await?)
+    };
+    if let Err(error) = removed.await {
+        log::error("removing a container that nobody wants", &error);
     }
 }
 

@@ -11,7 +11,10 @@ use std::{
 /// The state of one name.
 #[derive(Debug)]
 enum Slot<T> {
-    Making,
+    /// `abandoned`: who asked for it has gone, and nobody will ask for its removal.
+    Making {
+        abandoned: bool,
+    },
     There(Arc<T>),
     Removing(Arc<T>),
 }
@@ -44,7 +47,7 @@ impl<T> Slots<T> {
         if slots.contains_key(name) {
             return false;
         }
-        slots.insert(name.to_owned(), Slot::Making);
+        slots.insert(name.to_owned(), Slot::Making { abandoned: false });
         true
     }
 
@@ -53,10 +56,34 @@ impl<T> Slots<T> {
         self.lock().insert(name.to_owned(), Slot::There(thing));
     }
 
+    /// Fills a reserved name, unless it was abandoned meanwhile.
+    pub(crate) fn fill_if_wanted(&self, name: &str, thing: Arc<T>) -> bool {
+        let mut slots = self.lock();
+        if let Some(Slot::Making { abandoned: true }) = slots.get(name) {
+            return false;
+        }
+        slots.insert(name.to_owned(), Slot::There(thing));
+        true
+    }
+
+    /// Says of a name that is being made that nobody wants it any more.
+    pub(crate) fn abandon(&self, name: &str) {
+        if let Some(Slot::Making { abandoned }) = self.lock().get_mut(name) {
+            *abandoned = true;
+        }
+    }
+
+    /// Whether nothing is there but what was abandoned while it was being made.
+    pub(crate) fn is_abandoned(&self) -> bool {
+        self.lock()
+            .values()
+            .all(|slot| matches!(slot, Slot::Making { abandoned: true }))
+    }
+
     /// The thing of that name, even while it is being removed.
     pub(crate) fn get(&self, name: &str) -> Option<Arc<T>> {
         match self.lock().get(name)? {
-            Slot::Making => None,
+            Slot::Making { .. } => None,
             Slot::There(thing) | Slot::Removing(thing) => Some(Arc::clone(thing)),
         }
     }
@@ -66,7 +93,7 @@ impl<T> Slots<T> {
         let mut slots = self.lock();
         let slot = slots.get_mut(name).ok_or(SlotError::Missing)?;
         let thing = match slot {
-            Slot::Making => return Err(SlotError::Making),
+            Slot::Making { .. } => return Err(SlotError::Making),
             Slot::Removing(_) => return Err(SlotError::Removing),
             Slot::There(thing) => Arc::clone(thing),
         };
@@ -95,7 +122,7 @@ impl<T> Slots<T> {
     pub(crate) fn all(&self) -> Vec<Arc<T>> {
         let slots = self.lock();
         let things = slots.values().filter_map(|slot| match slot {
-            Slot::Making => None,
+            Slot::Making { .. } => None,
             Slot::There(thing) | Slot::Removing(thing) => Some(Arc::clone(thing)),
         });
         things.collect()
@@ -126,6 +153,20 @@ mod tests {
         slots.begin_removal("a").unwrap();
         assert!(slots.remove("a"));
         assert_eq!(slots.begin_removal("a").unwrap_err(), SlotError::Missing);
+    }
+
+    #[test]
+    fn what_was_abandoned_while_it_was_made_is_not_filled() {
+        let slots = Slots::default();
+        slots.reserve("a");
+        slots.reserve("b");
+        slots.abandon("a");
+        assert!(!slots.is_abandoned());
+        assert!(!slots.fill_if_wanted("a", Arc::new(1)));
+        assert!(slots.fill_if_wanted("b", Arc::new(2)));
+        assert!(slots.get("a").is_none());
+        slots.remove("b");
+        assert!(slots.is_abandoned() && !slots.is_empty());
     }
 
     #[test]
