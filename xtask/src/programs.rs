@@ -24,12 +24,16 @@ pub(crate) enum Targets {
     ProgramsAndTests,
 }
 
-/// Makes a cargo command build a static program of the release profile.
+/// The profile of static programs, see the workspace's manifest.
+const STATIC_PROFILE: &str = "guest";
+
+/// Makes a cargo command build a static program.
 pub(crate) fn static_build(cargo: &mut Command, package: &str, target: &Path) {
     cargo.env("RUSTFLAGS", "-C target-feature=+crt-static");
     cargo.args([
         "build",
-        "--release",
+        "--profile",
+        STATIC_PROFILE,
         "--target",
         STATIC_TARGET,
         "-p",
@@ -41,7 +45,7 @@ pub(crate) fn static_build(cargo: &mut Command, package: &str, target: &Path) {
 
 /// Where [`static_build`] puts the program.
 pub(crate) fn static_program(target: &Path, name: &str) -> PathBuf {
-    target.join(STATIC_TARGET).join("release").join(name)
+    target.join(STATIC_TARGET).join(STATIC_PROFILE).join(name)
 }
 
 /// Builds the programs; returns the agent's path.
