@@ -331,6 +331,42 @@ fn signals_and_the_death_of_ctr_are_cleaned_up_after() -> Result<()> {
     leak.nothing_left()
 }
 
+/// Asks every context id that leads somewhere (1 is the guest itself, 2 the host) for the agent's ports.
+const KNOCK: &str = "
+import socket
+for cid in (1, 2):
+    for port in (1023, 1024, 1025):
+        knock = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+        knock.settimeout(60)
+        connected, answer = False, b''
+        try:
+            knock.connect((cid, port))
+            connected = True
+            knock.sendall(bytes(8))
+            answer = knock.recv(1)
+        except ConnectionError:
+            pass
+        print(cid, port, connected, answer)
+";
+
+#[test]
+fn a_container_reaches_neither_the_agent_nor_the_host_by_vsock() -> Result<()> {
+    if requirement::containerd()?.is_none() {
+        return Ok(());
+    }
+    let leak = Leak::watch()?;
+    let output = Runtime::Walnut
+        .run(DEBIAN)
+        .command(&["python3", "-c", KNOCK])
+        .finish()?
+        .success()?;
+    // The kernel connects to a listener before the listener can refuse; nothing must be answered.
+    let expected = "1 1023 False b''\n1 1024 True b''\n1 1025 True b''\n\
+        2 1023 False b''\n2 1024 False b''\n2 1025 False b''";
+    ensure!(output.text() == expected, "{output:?}");
+    leak.nothing_left()
+}
+
 #[test]
 fn a_server_is_started_asked_and_stopped() -> Result<()> {
     if requirement::containerd()?.is_none() {

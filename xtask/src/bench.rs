@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::io;
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -11,6 +10,7 @@ use walnut_lab_init::wire::Exec;
 use crate::lab::client::{Inherit, Sink};
 use crate::lab::delivery::Delivery;
 use crate::prepare;
+use crate::programs::Targets;
 use crate::progress::Progress;
 use crate::project::Project;
 
@@ -21,16 +21,8 @@ const SILENCE_LIMIT: Duration = Duration::from_secs(900);
 
 /// Runs it.
 pub(crate) fn run(project: &Project, arguments: &[String], progress: Progress) -> Result<()> {
-    prepare::build(project, progress)?;
+    prepare::build(project, Targets::Programs, progress)?;
     let mut lab = prepare::fresh_lab(project, progress)?;
-    progress.step("bench", "building the benchmark", || {
-        let mut cargo = Command::new("cargo");
-        cargo
-            .current_dir(&project.root)
-            .env("CARGO_TARGET_DIR", &project.target);
-        cargo.args(["build", "--release", "-p", "walnut-tests", "--bin", PROGRAM]);
-        progress.run("bench", &mut cargo, &project.logs().join("bench.log"))
-    })?;
     let path = format!("/usr/libexec/walnut/tests/{PROGRAM}");
     let program = Delivery {
         source: project.program(PROGRAM),

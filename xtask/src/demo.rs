@@ -8,6 +8,7 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::container_images::{BUSYBOX, DEBIAN};
 use crate::lab::client::{Capture, Client};
 use crate::prepare;
+use crate::programs::Targets;
 use crate::progress::Progress;
 use crate::project::Project;
 
@@ -22,7 +23,7 @@ const STEP_LIMIT: Duration = Duration::from_secs(240);
 
 /// Shows everything.
 pub(crate) fn run(project: &Project, progress: Progress) -> Result<()> {
-    prepare::build(project, progress)?;
+    prepare::build(project, Targets::Programs, progress)?;
     let client = prepare::fresh_lab(project, progress)?.client();
     let demo = Demo { client };
     println!();

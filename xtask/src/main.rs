@@ -23,6 +23,7 @@ use clap::{Parser, Subcommand};
 
 use crate::lab::delivery::Delivery;
 use crate::lab::{Freshness, Lab};
+use crate::programs::Targets;
 use crate::progress::Progress;
 use crate::project::Project;
 
@@ -104,9 +105,9 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
         Command::Image => {
             packages::install(&project, progress)?;
             image::kernel(&project, progress)?;
-            prepare::programs_and_initramfs(&project, progress)?;
+            prepare::programs_and_initramfs(&project, Targets::Programs, progress)?;
         }
-        Command::Build => prepare::build(&project, progress)?,
+        Command::Build => prepare::build(&project, Targets::Programs, progress)?,
         Command::Test => {
             if !suite::run(&project, progress)? {
                 return Ok(ExitCode::FAILURE);

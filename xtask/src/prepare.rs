@@ -3,6 +3,7 @@
 use anyhow::Result;
 
 use crate::lab::{Freshness, Lab, NodeImage};
+use crate::programs::Targets;
 use crate::progress::Progress;
 use crate::project::Project;
 use crate::{check, container_images, image, lab, packages, programs};
@@ -10,11 +11,11 @@ use crate::{check, container_images, image, lab, packages, programs};
 /// Installs packages and builds the guest image and the programs.
 ///
 /// The kernel keeps every processor busy for long; meanwhile the rest waits for downloads.
-pub(crate) fn build(project: &Project, progress: Progress) -> Result<()> {
+pub(crate) fn build(project: &Project, targets: Targets, progress: Progress) -> Result<()> {
     packages::install(project, progress)?;
     std::thread::scope(|scope| {
         let kernel = scope.spawn(|| image::kernel(project, progress));
-        let rest = build_rest(project, progress);
+        let rest = build_rest(project, targets, progress);
         if rest.is_err() && !kernel.is_finished() {
             progress.say(
                 "build",
@@ -28,15 +29,19 @@ pub(crate) fn build(project: &Project, progress: Progress) -> Result<()> {
     })
 }
 
-fn build_rest(project: &Project, progress: Progress) -> Result<()> {
-    programs_and_initramfs(project, progress)?;
+fn build_rest(project: &Project, targets: Targets, progress: Progress) -> Result<()> {
+    programs_and_initramfs(project, targets, progress)?;
     NodeImage::get(project, progress)?;
     container_images::get(project, progress).map(drop)
 }
 
 /// Builds the programs and packs the agent.
-pub(crate) fn programs_and_initramfs(project: &Project, progress: Progress) -> Result<()> {
-    let agent = programs::build(project, progress)?;
+pub(crate) fn programs_and_initramfs(
+    project: &Project,
+    targets: Targets,
+    progress: Progress,
+) -> Result<()> {
+    let agent = programs::build(project, targets, progress)?;
     image::initramfs(project, &agent, progress)
 }
 

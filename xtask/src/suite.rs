@@ -2,7 +2,7 @@
 //! and containerd in the lab. Its last line is the sum of all of them.
 
 use std::io::{self, BufRead, BufReader};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -13,17 +13,15 @@ use walnut_lab_init::wire::Exec;
 use crate::lab::client::{Client, Inherit, Sink};
 use crate::lab::delivery::Delivery;
 use crate::prepare;
+use crate::programs::Targets;
 use crate::progress::Progress;
 use crate::project::Project;
 
-/// The package of the tests that need the lab.
-const LAB_TESTS: &str = "walnut-tests";
+/// The package, by its folder, of the tests that need the lab.
+const LAB_TESTS: &str = "tests";
 
 /// The test of that package that reads the source tree, and so runs on this machine.
 const TREE_TEST: &str = "tidy";
-
-/// The package whose test sets up real containers, on this machine.
-const AGENT: &str = "walnut-agent";
 
 /// How long one test program may be silent.
 const SILENCE_LIMIT: Duration = Duration::from_secs(900);
@@ -69,16 +67,22 @@ impl Counts {
 /// Runs everything; says whether all passed.
 pub(crate) fn run(project: &Project, progress: Progress) -> Result<bool> {
     check_format(project, progress)?;
-    prepare::build(project, progress)?;
+    prepare::build(project, Targets::ProgramsAndTests, progress)?;
     check_lints(project, progress)?;
-    let mut counts = host_tests(project, progress)?;
-    let programs = build_lab_tests(project, progress)?;
+    let mut counts = Counts::default();
+    let programs = build_tests(project, progress)?;
+    let (lab_tests, host_tests): (Vec<_>, Vec<_>) = programs
+        .into_iter()
+        .partition(|program| program.place == Place::Lab);
+    for program in &host_tests {
+        counts.add(program.run_here(progress)?);
+    }
     let mut lab = prepare::fresh_lab(project, progress)?;
-    let deliveries: Vec<Delivery> = programs.iter().map(TestProgram::delivery).collect();
+    let deliveries: Vec<Delivery> = lab_tests.iter().map(TestProgram::delivery).collect();
     lab.deliver(&deliveries, progress)?;
     let client = lab.client();
-    for program in &programs {
-        counts.add(lab_test(&client, program, progress)?);
+    for program in &lab_tests {
+        counts.add(program.run_in_lab(&client, progress)?);
     }
     let Counts {
         passed,
@@ -127,80 +131,28 @@ fn cargo(project: &Project) -> Command {
     cargo
 }
 
-/// Unit tests of all packages, the test that reads the source tree, and the agent's with real containers.
-fn host_tests(project: &Project, progress: Progress) -> Result<Counts> {
-    let unit = [
-        "test",
-        "--release",
-        "--no-fail-fast",
-        "--workspace",
-        "--lib",
-        "--bins",
-    ];
-    let tree = [
-        "test",
-        "--release",
-        "--no-fail-fast",
-        "-p",
-        LAB_TESTS,
-        "--test",
-        TREE_TEST,
-    ];
-    let containers = [
-        "test",
-        "--release",
-        "--no-fail-fast",
-        "-p",
-        AGENT,
-        "--test",
-        "agent",
-    ];
-    let mut counts = Counts::default();
-    for (name, arguments) in [
-        ("unit tests", unit.as_slice()),
-        ("the source tree", &tree),
-        ("the agent's containers", &containers),
-    ] {
-        progress.say("test", &format!("{name}, on this machine"));
-        let mut command = cargo(project);
-        command.args(["--color", "never"]).args(arguments);
-        let (some, succeeded) = count_output(&mut command)?;
-        counts.add(some);
-        if !succeeded && some.failed == 0 {
-            bail!("cargo {} failed; see above", arguments.join(" "));
-        }
-    }
-    Ok(counts)
-}
-
-/// Runs cargo, passes its output on and sums up what it reports.
-fn count_output(command: &mut Command) -> Result<(Counts, bool)> {
-    let mut child = command
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .spawn()
-        .context("run cargo")?;
-    let output = child.stdout.take().context("read cargo's output")?;
-    let mut counts = Counts::default();
-    for line in BufReader::new(output).lines() {
-        let line = line.context("read cargo's output")?;
-        println!("{line}");
-        counts.add(Counts::parse(&line).unwrap_or_default());
-    }
-    let status = child.wait().context("wait for cargo")?;
-    Ok((counts, status.success()))
+/// Where a test program runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Place {
+    /// On this machine: unit tests, and what needs neither KVM nor containerd.
+    Here,
+    /// In the lab.
+    Lab,
 }
 
 /// A built test program.
 #[derive(Debug, PartialEq, Eq)]
 struct TestProgram {
+    /// The package's folder and the target's name.
     name: String,
+    package: PathBuf,
     executable: PathBuf,
+    place: Place,
 }
 
 impl TestProgram {
     fn path_in_lab(&self) -> String {
-        format!("/usr/libexec/walnut/tests/{}", self.name)
+        format!("/usr/libexec/walnut/tests/{}", self.name.replace('/', "-"))
     }
 
     fn delivery(&self) -> Delivery {
@@ -210,76 +162,108 @@ impl TestProgram {
             executable: true,
         }
     }
+
+    /// Runs it on this machine, as cargo does: in its package's folder.
+    fn run_here(&self, progress: Progress) -> Result<Counts> {
+        progress.say("test", &format!("{}, on this machine", self.name));
+        let mut child = Command::new(&self.executable)
+            .current_dir(&self.package)
+            .env("CARGO_MANIFEST_DIR", &self.package)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("run {}", self.executable.display()))?;
+        let mut summary = Summary::default();
+        let output = child.stdout.take().context("read the test's output")?;
+        for line in BufReader::new(output).split(b'\n') {
+            let mut line = line.context("read the test's output")?;
+            line.push(b'\n');
+            summary.stdout(&line).context("print the test's output")?;
+        }
+        let status = child.wait().context("wait for the test")?;
+        Ok(summary.judge(&self.name, status.code().unwrap_or(255), progress))
+    }
+
+    fn run_in_lab(&self, client: &Client, progress: Progress) -> Result<Counts> {
+        progress.say("test", &format!("{}, in the lab", self.name));
+        let argv = vec![self.path_in_lab(), "--test-threads=1".to_owned()];
+        let mut summary = Summary::default();
+        let exec = Exec {
+            argv,
+            environment: Vec::new(),
+            terminal: None,
+        };
+        let status = client.run(exec, &mut summary, SILENCE_LIMIT)?;
+        Ok(summary.judge(&self.name, status, progress))
+    }
 }
 
-fn build_lab_tests(project: &Project, progress: Progress) -> Result<Vec<TestProgram>> {
-    progress.step("test", "building the tests that run in the lab", || {
+fn build_tests(project: &Project, progress: Progress) -> Result<Vec<TestProgram>> {
+    progress.step("test", "building the tests", || {
         let output = cargo(project)
             .args([
                 "test",
                 "--release",
+                "--workspace",
                 "--no-run",
                 "--message-format=json",
-                "-p",
-                LAB_TESTS,
             ])
             .stdin(Stdio::null())
             .stderr(Stdio::inherit())
             .output()
             .context("run cargo")?;
         if !output.status.success() {
-            bail!("the tests of {LAB_TESTS} don't build; see above");
+            bail!("the tests don't build; see above");
         }
-        Ok(test_programs(&String::from_utf8_lossy(&output.stdout)))
+        Ok(test_programs(
+            &project.root,
+            &String::from_utf8_lossy(&output.stdout),
+        ))
     })
 }
 
 /// Reads cargo's messages (cargo-build(1), "compiler-artifact").
-fn test_programs(messages: &str) -> Vec<TestProgram> {
+fn test_programs(root: &Path, messages: &str) -> Vec<TestProgram> {
     let mut programs: Vec<TestProgram> = messages
         .lines()
         .filter_map(|line| serde_json::from_str::<Value>(line).ok())
-        .filter(|message| message["target"]["kind"][0] == "test")
-        .filter_map(|message| {
-            Some(TestProgram {
-                name: message["target"]["name"].as_str()?.to_owned(),
-                executable: message["executable"].as_str()?.into(),
-            })
-        })
-        .filter(|program| program.name != TREE_TEST)
+        .filter(|message| message["profile"]["test"] == true)
+        .filter_map(|message| test_program(root, &message))
         .collect();
     programs.sort_by_key(|program| (order(&program.name), program.name.clone()));
     programs
 }
 
+fn test_program(root: &Path, message: &Value) -> Option<TestProgram> {
+    let package = Path::new(message["manifest_path"].as_str()?)
+        .parent()?
+        .to_owned();
+    let folder = package
+        .strip_prefix(root)
+        .ok()?
+        .to_string_lossy()
+        .into_owned();
+    let target = message["target"]["name"].as_str()?;
+    let in_lab =
+        folder == LAB_TESTS && message["target"]["kind"][0] == "test" && target != TREE_TEST;
+    Some(TestProgram {
+        name: format!("{folder}/{target}"),
+        package,
+        executable: message["executable"].as_str()?.into(),
+        place: if in_lab { Place::Lab } else { Place::Here },
+    })
+}
+
 /// From the lowest rung of the testing ladder up: what fails there explains the rest.
 fn order(name: &str) -> usize {
     let ladder = ["boot", "agent", "shim", "ctr", "crash"];
+    let rung = name
+        .strip_prefix(LAB_TESTS)
+        .map(|name| name.trim_start_matches('/'));
     ladder
         .iter()
-        .position(|rung| *rung == name)
+        .position(|known| rung == Some(known))
         .unwrap_or(ladder.len())
-}
-
-fn lab_test(client: &Client, program: &TestProgram, progress: Progress) -> Result<Counts> {
-    progress.say("test", &format!("{}, in the lab", program.name));
-    let argv = vec![program.path_in_lab(), "--test-threads=1".to_owned()];
-    let mut summary = Summary::default();
-    let exec = Exec {
-        argv,
-        environment: Vec::new(),
-        terminal: None,
-    };
-    let status = client.run(exec, &mut summary, SILENCE_LIMIT)?;
-    let mut counts = summary.counts;
-    if status != 0 && counts.failed == 0 {
-        progress.say(
-            "test",
-            &format!("{} ended with status {status}", program.name),
-        );
-        counts.failed = 1;
-    }
-    Ok(counts)
 }
 
 /// Passes output on and sums up.
@@ -290,6 +274,16 @@ struct Summary {
 }
 
 impl Summary {
+    /// The sums; a program that failed without a failed test counts as one.
+    fn judge(self, name: &str, status: i32, progress: Progress) -> Counts {
+        let mut counts = self.counts;
+        if status != 0 && counts.failed == 0 {
+            progress.say("test", &format!("{name} ended with status {status}"));
+            counts.failed = 1;
+        }
+        counts
+    }
+
     fn count(&mut self, bytes: &[u8]) {
         for byte in bytes {
             if *byte == b'\n' {
@@ -353,20 +347,30 @@ mod tests {
 
     #[test]
     fn test_programs_come_in_the_order_of_the_ladder() {
-        let message = |name: &str| {
-            format!(
-                "{{\"reason\":\"compiler-artifact\",\"target\":{{\"kind\":[\"test\"],\
-                 \"name\":\"{name}\"}},\"executable\":\"/{name}\"}}\n"
-            )
+        let message = |folder: &str, kind: &str, name: &str| {
+            let message = serde_json::json!({
+                "profile": { "test": true },
+                "manifest_path": format!("/root/{folder}/Cargo.toml"),
+                "target": { "kind": [kind], "name": name },
+                "executable": format!("/{name}"),
+            });
+            format!("{message}\n")
         };
-        let messages: String = ["ctr", "tidy", "other", "boot"]
-            .into_iter()
-            .map(message)
-            .collect();
-        let names: Vec<String> = test_programs(&messages)
-            .into_iter()
-            .map(|program| program.name)
-            .collect();
-        assert_eq!(names, ["boot", "ctr", "other"]);
+        let messages = message("tests", "test", "ctr")
+            + &message("tests", "test", "tidy")
+            + &message("tests", "lib", "walnut_tests")
+            + &message("agent", "test", "agent")
+            + "{\"reason\": \"build-finished\"}\n"
+            + &message("tests", "test", "boot");
+        let programs = test_programs(Path::new("/root"), &messages);
+        let names = |place| -> Vec<&str> {
+            let programs = programs.iter().filter(|program| program.place == place);
+            programs.map(|program| program.name.as_str()).collect()
+        };
+        assert_eq!(names(Place::Lab), ["tests/boot", "tests/ctr"]);
+        assert_eq!(
+            names(Place::Here),
+            ["agent/agent", "tests/tidy", "tests/walnut_tests"]
+        );
     }
 }

@@ -294,7 +294,8 @@ mod tests {
 
     #[test]
     fn numbers_outside_their_range_are_named() {
-        let cases: [(&str, fn(&mut VmConfig)); 4] = [
+        type Change = fn(&mut VmConfig);
+        let cases: [(&str, Change); 4] = [
             ("vcpus is 0", |c| c.vcpus = 0),
             ("vcpus is 255", |c| c.vcpus = 255),
             ("memory_mib is 1", |c| c.memory_mib = 1),

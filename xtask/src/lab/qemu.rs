@@ -122,6 +122,8 @@ impl Machine<'_> {
             .process_group(0)
             .spawn()
             .with_context(|| format!("run {PROGRAM}"))?;
+        // It holds QEMU's end of the monitor, which would hide that QEMU ended.
+        drop(command);
         let qmp = Qmp::connect(monitor).with_context(|| {
             format!(
                 "QEMU doesn't answer; see {}/qemu.log",
@@ -181,19 +183,15 @@ impl Machine<'_> {
             quote(&self.folder.join("console.log"))
         );
         command.args(["-chardev", &console, "-serial", "chardev:console"]);
-        command.args([
-            "-chardev",
-            "socket,id=qmp,fd=0",
-            "-mon",
-            "chardev=qmp,mode=control",
-        ]);
+        command.args(["-chardev", "socket,id=qmp,fd=0", "-qmp", "chardev:qmp"]);
         command
     }
 
     fn add_memory(&self, command: &mut Command) {
         let (path, share) = match &self.memory {
             (path, Memory::Saved) => (path, "on"),
-            (path, Memory::CopyOnWrite) => (path, "off"),
+            // Not reserved: a machine needs room only for what the lab writes.
+            (path, Memory::CopyOnWrite) => (path, "off,reserve=off"),
         };
         let file = format!("mem-path={},share={share}", quote(path));
         let memory = format!("memory-backend-file,id=ram,size={MEMORY_MIB}M,{file}");
