@@ -525,7 +525,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_guest_is_ready_when_the_vmm_says_so() {
-        let (vm, theirs) = vm_of("sleep 1000");
+        let (vm, theirs) = vm_of("exec sleep 1000");
         say(&theirs, &Message::Booted);
         say(&theirs, &Message::GuestReady);
         vm.wait_ready().await.unwrap();
