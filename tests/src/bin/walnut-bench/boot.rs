@@ -3,14 +3,9 @@
 //! Both VMMs boot the same kernel and initramfs with the same command line and the same RAM; the guest's
 //! agent says one line and powers off. The console is a pipe, so that the line's arrival is an event.
 
-use crate::qemu;
+use crate::{console::Console, qemu};
 use anyhow::{Context, Result, ensure};
-use std::{
-    io::{BufRead, BufReader, PipeReader, pipe},
-    os::fd::AsRawFd,
-    process::Stdio,
-    time::Instant,
-};
+use std::{io::pipe, os::fd::AsRawFd, process::Stdio, time::Instant};
 use walnut_tests::{
     command::wait_child,
     deadline::{self, Deadline},
@@ -19,11 +14,14 @@ use walnut_tests::{
 };
 use walnut_vmm_api::VmmExit;
 
+/// What the probe's line begins with.
+pub(crate) const PROBE: &str = "walnut-probe: ";
+
 /// RAM of each guest.
 pub(crate) const MEMORY_MIB: u32 = 256;
 
 /// How a guest without a keyboard controller, which the microvm machine lacks, would reboot.
-const REBOOT: &str = "reboot=t";
+pub(crate) const REBOOT: &str = "reboot=t";
 
 /// One guest's life.
 #[derive(Debug)]
@@ -43,7 +41,7 @@ pub(crate) fn walnut(programs: &Programs) -> Result<Boot> {
         .console(console.as_ref())
         .start()?;
     drop(writer);
-    let line = first_line(reader, started);
+    let line = Console::new(reader).wait_for(PROBE);
     let ended = vm.wait()?;
     let line = line.with_context(|| format!("walnut-vmm: {ended:?}"))?;
     ended.ends_with(VmmExit::Ended)?;
@@ -59,7 +57,7 @@ pub(crate) fn qemu(programs: &Programs) -> Result<Boot> {
         .stdout(writer)
         .spawn()
         .context("cannot start QEMU")?;
-    let line = first_line(reader, started);
+    let line = Console::new(reader).wait_for(PROBE);
     let status = wait_child(&mut child, Deadline::after(deadline::BOOT))?;
     if status.is_none() {
         child.kill().context("cannot kill QEMU")?;
@@ -71,31 +69,17 @@ pub(crate) fn qemu(programs: &Programs) -> Result<Boot> {
     finish(line, started)
 }
 
-/// The probe's line and when it came. A VMM that ends without it closes the pipe.
-fn first_line(console: PipeReader, started: Instant) -> Result<(String, f64)> {
-    let mut seen = String::new();
-    for line in BufReader::new(console).lines() {
-        let line = line.context("cannot read the console")?;
-        if let Some((_, said)) = line.split_once("walnut-probe: ") {
-            return Ok((said.trim_end().to_owned(), milliseconds(started)));
-        }
-        seen.push_str(&line);
-        seen.push('\n');
-    }
-    anyhow::bail!("the guest ended before its init spoke: {seen}");
-}
-
-fn finish((line, to_init_ms): (String, f64), started: Instant) -> Result<Boot> {
-    let to_end_ms = milliseconds(started);
+fn finish((at, line): (Instant, String), started: Instant) -> Result<Boot> {
+    let to_end_ms = milliseconds(started, Instant::now());
     let (_, uptime) = line.split_once(" uptime=").context("no uptime")?;
     let uptime: f64 = uptime.parse().with_context(|| format!("uptime {uptime}"))?;
     Ok(Boot {
-        to_init_ms,
+        to_init_ms: milliseconds(started, at),
         to_end_ms,
         uptime_ms: uptime * 1000.0,
     })
 }
 
-fn milliseconds(since: Instant) -> f64 {
-    since.elapsed().as_secs_f64() * 1000.0
+fn milliseconds(from: Instant, to: Instant) -> f64 {
+    to.duration_since(from).as_secs_f64() * 1000.0
 }

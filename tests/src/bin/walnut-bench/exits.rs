@@ -64,11 +64,17 @@ fn write(path: &str, text: &str) -> Result<()> {
     fs::write(path, text).with_context(|| format!("cannot write {path}"))
 }
 
-/// Exits from the start of a VM with all its devices until its agent has answered one call, as the VMM
-/// counts them.
-pub(crate) fn until_agent_answers(programs: &Programs) -> Result<f64> {
-    let mut guest = Guest::boot(programs)?;
-    guest.agent.setup().context("setup")?;
+/// Exits from the start of a VM with all its devices until its agent has answered one call: all of them, and
+/// those that the VMM had to serve, as it counts them itself.
+pub(crate) fn until_agent_answers(programs: &Programs) -> Result<(f64, f64)> {
+    let mut booted = None;
+    let all = during(|| {
+        let guest = Guest::boot(programs)?;
+        guest.agent.setup().context("setup")?;
+        booted = Some(guest);
+        Ok(())
+    })?;
+    let mut guest = booted.context("no guest")?;
     guest.vm.ask(&Request::Statistics)?;
     let deadline = Deadline::after(deadline::REQUEST);
     while let Some(message) = guest.vm.receive(deadline)? {
@@ -79,7 +85,8 @@ pub(crate) fn until_agent_answers(programs: &Programs) -> Result<f64> {
                 statistics.other_exits,
             ];
             let sum: u64 = exits.iter().sum();
-            return Ok(f64::from(u32::try_from(sum).context("too many exits")?));
+            let served = f64::from(u32::try_from(sum).context("too many exits")?);
+            return Ok((all, served));
         }
     }
     bail!("the VMM ended instead of counting");

@@ -1,20 +1,18 @@
 //! What an idle Pod costs the host: its shim, its VMM, and the guest RAM that it has touched.
 
-use crate::{boot::MEMORY_MIB, qemu};
-use anyhow::{Context, Result};
-use std::{
-    fs,
-    io::{BufRead, BufReader, pipe},
-    process::Stdio,
+use crate::{
+    boot::{MEMORY_MIB, PROBE, REBOOT},
+    console::Console,
+    qemu,
 };
-use tempfile::TempDir;
+use anyhow::{Context, Result};
+use std::{io::pipe, process::Stdio};
 use walnut_tests::{
     ctr::{BUSYBOX, Container, Runtime},
-    initramfs::Initramfs,
     memory,
     node::NodeConfig,
     programs::Programs,
-    vmm::CMDLINE,
+    vmm::{CMDLINE, PROBE_WORD},
 };
 
 /// Memory in MiB.
@@ -52,28 +50,23 @@ pub(crate) fn runc_shim() -> Result<f64> {
     mib(memory::of_process(container.shim()?.pid)?.overhead_pss_kib)
 }
 
-/// QEMU with a guest of the same size whose only process sleeps. There is no shim, and no agent.
+/// QEMU with the same kernel and initramfs once its guest's init has spoken; there is no shim. The guest then
+/// powers off, which QEMU is told to survive.
 pub(crate) fn qemu(programs: &Programs) -> Result<Pod> {
-    const UP: &str = "guest-is-up";
-    let directory = TempDir::new().context("no temporary directory")?;
-    let initramfs = directory.path().join("initramfs");
-    let script = format!("echo {UP}; exec sleep 100000");
-    fs::write(&initramfs, Initramfs::script(&programs.busybox, &script)?)
-        .context("cannot write an initramfs")?;
     let (reader, writer) = pipe().context("cannot make a pipe")?;
-    let mut child = qemu::command(programs, &initramfs, CMDLINE, MEMORY_MIB)
+    let cmdline = format!("{CMDLINE} {PROBE_WORD} {REBOOT}");
+    let mut child = qemu::command(programs, &programs.initramfs, &cmdline, MEMORY_MIB)
+        .arg("-no-shutdown")
         .stdin(Stdio::null())
         .stdout(writer)
         .spawn()
         .context("cannot start QEMU")?;
-    let mut lines = BufReader::new(reader).lines();
-    let up = lines.find(|line| line.as_ref().is_ok_and(|line| line.contains(UP)));
+    let up = Console::new(reader).wait_for(PROBE);
     let pid = i32::try_from(child.id()).context("a process id that is none")?;
     let measured = memory::of_vmm(pid, MEMORY_MIB);
     child.kill().context("cannot kill QEMU")?;
     child.wait().context("cannot wait for QEMU")?;
-    up.context("QEMU's guest did not come up")?
-        .context("cannot read QEMU's console")?;
+    up.context("QEMU's guest did not come up")?;
     let measured = measured?;
     Ok(Pod {
         shim: 0.0,
