@@ -1,9 +1,10 @@
 //! `cargo xtask test`: formatting, lints, unit tests on this machine, and the tests that need KVM
 //! and containerd in the lab. Its last line is the sum of all of them.
 
-use std::io::{self, BufRead, BufReader};
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
+use std::sync::mpsc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -25,6 +26,9 @@ const TREE_TEST: &str = "tidy";
 
 /// How long one test program may be silent.
 const SILENCE_LIMIT: Duration = Duration::from_secs(900);
+
+/// How long output is awaited after a program's end.
+const DRAIN_LIMIT: Duration = Duration::from_secs(2);
 
 /// Sums of what test programs report.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -166,22 +170,14 @@ impl TestProgram {
     /// Runs it on this machine, as cargo does: in its package's folder.
     fn run_here(&self, progress: Progress) -> Result<Counts> {
         progress.say("test", &format!("{}, on this machine", self.name));
-        let mut child = Command::new(&self.executable)
+        let mut command = Command::new(&self.executable);
+        command
             .current_dir(&self.package)
-            .env("CARGO_MANIFEST_DIR", &self.package)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .spawn()
-            .with_context(|| format!("run {}", self.executable.display()))?;
+            .env("CARGO_MANIFEST_DIR", &self.package);
         let mut summary = Summary::default();
-        let output = child.stdout.take().context("read the test's output")?;
-        for line in BufReader::new(output).split(b'\n') {
-            let mut line = line.context("read the test's output")?;
-            line.push(b'\n');
-            summary.stdout(&line).context("print the test's output")?;
-        }
-        let status = child.wait().context("wait for the test")?;
-        Ok(summary.judge(&self.name, status.code().unwrap_or(255), progress))
+        let status = run_watched(&mut command, &mut summary)
+            .with_context(|| format!("run {}", self.executable.display()))?;
+        Ok(summary.judge(&self.name, status, progress))
     }
 
     fn run_in_lab(&self, client: &Client, progress: Progress) -> Result<Counts> {
@@ -195,6 +191,51 @@ impl TestProgram {
         };
         let status = client.run(exec, &mut summary, SILENCE_LIMIT)?;
         Ok(summary.judge(&self.name, status, progress))
+    }
+}
+
+/// What a program that runs on this machine does.
+enum Event {
+    Output(Vec<u8>),
+    End(io::Result<ExitStatus>),
+}
+
+/// Runs a program and hands out what it prints. It ends when the program does: what that left
+/// behind may hold its output open for long.
+fn run_watched(command: &mut Command, sink: &mut dyn Sink) -> Result<i32> {
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let mut output = child.stdout.take().context("read its output")?;
+    let pid = rustix::process::Pid::from_child(&child);
+    let (event, events) = mpsc::channel();
+    let read = event.clone();
+    std::thread::spawn(move || {
+        let mut buffer = vec![0u8; 64 << 10];
+        while let Ok(length @ 1..) = output.read(&mut buffer) {
+            if read.send(Event::Output(buffer[..length].to_vec())).is_err() {
+                return;
+            }
+        }
+    });
+    std::thread::spawn(move || event.send(Event::End(child.wait())));
+    let mut status = None;
+    loop {
+        let limit = if status.is_none() {
+            SILENCE_LIMIT
+        } else {
+            DRAIN_LIMIT
+        };
+        match (events.recv_timeout(limit), status) {
+            (Ok(Event::Output(bytes)), _) => sink.stdout(&bytes).context("print its output")?,
+            (Ok(Event::End(end)), _) => status = Some(end.context("wait for it")?),
+            (Err(_), Some(status)) => return Ok(status.code().unwrap_or(255)),
+            (Err(_), None) => {
+                let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+                bail!("it was silent for {SILENCE_LIMIT:?}");
+            }
+        }
     }
 }
 
@@ -343,6 +384,17 @@ mod tests {
                 skipped: 0
             }
         );
+    }
+
+    #[test]
+    fn what_a_program_leaves_behind_is_not_awaited() {
+        let mut command = Command::new("sh");
+        command.args(["-c", "sleep 60 2>/dev/null & echo printed; exit 3"]);
+        let mut output = crate::lab::client::Capture::default();
+        let begun = std::time::Instant::now();
+        assert_eq!(run_watched(&mut command, &mut output).unwrap(), 3);
+        assert_eq!(output.stdout, b"printed\n");
+        assert!(begun.elapsed() < Duration::from_secs(50));
     }
 
     #[test]

@@ -223,7 +223,7 @@ async fn what_is_not_enforced_is_refused() {
     let mut spec = agent.spec(&id, "true");
     spec["linux"]["seccomp"] = json!({"defaultAction": "SCMP_ACT_ALLOW"});
     let (code, message) = refusal(agent.create(&id, &spec, None).await);
-    assert_eq!(code, Code::INVALID_ARGUMENT);
+    assert_eq!(code, Code::UNIMPLEMENTED);
     assert_eq!(message, "linux.seccomp is not supported yet");
     spec["linux"]["seccomp"] = json!(null);
     spec["mounts"][0]["type"] = json!("nfs");
