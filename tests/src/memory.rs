@@ -17,7 +17,8 @@ pub fn of_process(pid: i32) -> Result<Footprint> {
     split(&smaps(pid)?, None)
 }
 
-/// Measures a process that maps a guest's RAM of this size: one mapping of at least that size.
+/// Measures a process that maps a guest's RAM of this size: one mapping of at least that size, or neighbours that
+/// together are, where advice about huge pages has split it.
 pub fn of_vmm(pid: i32, guest_mib: u32) -> Result<Footprint> {
     split(&smaps(pid)?, Some(u64::from(guest_mib) * 1024)).with_context(|| format!("process {pid}"))
 }
@@ -29,30 +30,76 @@ fn smaps(pid: i32) -> Result<String> {
 
 #[derive(Debug, Default, Clone, Copy)]
 struct Mapping {
+    start: u64,
+    end: u64,
     size_kib: u64,
     rss_kib: u64,
     pss_kib: u64,
+    advised: bool,
 }
 
-fn split(smaps: &str, guest_kib: Option<u64>) -> Result<Footprint> {
-    let mut mappings: Vec<Mapping> = Vec::new();
-    for line in smaps.lines() {
-        let Some((key, value)) = line.split_once(':') else {
-            continue;
-        };
-        let kib = value.trim().strip_suffix(" kB").map(str::parse::<u64>);
-        let Some(Ok(kib)) = kib else { continue };
-        if key == "Size" {
-            mappings.push(Mapping::default());
+impl Mapping {
+    fn at(line: &str) -> Option<Self> {
+        let (start, end) = line.split_once(' ')?.0.split_once('-')?;
+        Some(Self {
+            start: u64::from_str_radix(start, 16).ok()?,
+            end: u64::from_str_radix(end, 16).ok()?,
+            ..Self::default()
+        })
+    }
+
+    fn read(&mut self, key: &str, value: &str) {
+        // `hg` and `nh`: huge pages have been asked for, or refused.
+        if key == "VmFlags" {
+            self.advised = value
+                .split_whitespace()
+                .any(|flag| flag == "hg" || flag == "nh");
         }
-        let mapping = mappings.last_mut().context("a value before any mapping")?;
+        let kib = value.trim().strip_suffix(" kB").map(str::parse::<u64>);
+        let Some(Ok(kib)) = kib else { return };
         match key {
-            "Size" => mapping.size_kib = kib,
-            "Rss" => mapping.rss_kib = kib,
-            "Pss" => mapping.pss_kib = kib,
+            "Size" => self.size_kib = kib,
+            "Rss" => self.rss_kib = kib,
+            "Pss" => self.pss_kib = kib,
             _ => {}
         }
     }
+
+    /// Takes in the next mapping, if it is another part of the same memory.
+    fn absorb(&mut self, next: &Self) -> bool {
+        let same = self.advised && next.advised && self.end == next.start;
+        if same {
+            self.end = next.end;
+            self.size_kib += next.size_kib;
+            self.rss_kib += next.rss_kib;
+            self.pss_kib += next.pss_kib;
+        }
+        same
+    }
+}
+
+fn mappings(smaps: &str) -> Vec<Mapping> {
+    let mut separate: Vec<Mapping> = Vec::new();
+    for line in smaps.lines() {
+        if let Some(mapping) = Mapping::at(line) {
+            separate.push(mapping);
+        } else if let (Some(mapping), Some((key, value))) =
+            (separate.last_mut(), line.split_once(':'))
+        {
+            mapping.read(key, value);
+        }
+    }
+    let mut whole: Vec<Mapping> = Vec::new();
+    for mapping in separate {
+        if !whole.last_mut().is_some_and(|last| last.absorb(&mapping)) {
+            whole.push(mapping);
+        }
+    }
+    whole
+}
+
+fn split(smaps: &str, guest_kib: Option<u64>) -> Result<Footprint> {
+    let mappings = mappings(smaps);
     ensure!(!mappings.is_empty(), "no mappings: the process has ended");
     let (guest, rest): (Vec<Mapping>, Vec<Mapping>) = mappings
         .into_iter()
@@ -91,6 +138,32 @@ Pss:                   2 kB
         };
         assert_eq!(split(SMAPS, Some(131_072)).unwrap(), expected);
         assert_eq!(split(SMAPS, None).unwrap().overhead_pss_kib, 40002);
+    }
+
+    #[test]
+    fn guest_ram_that_advice_has_split_is_one() {
+        let parts = "\
+10000000-14000000 rw-p 00000000 00:00 0
+Size:              65536 kB
+Rss:                 100 kB
+Pss:                 100 kB
+VmFlags: rd wr hg
+14000000-18000000 rw-p 00000000 00:00 0
+Size:              65536 kB
+Rss:                  10 kB
+Pss:                  10 kB
+VmFlags: rd wr nh
+18000000-18001000 rw-p 00000000 00:00 0
+Size:                  4 kB
+Rss:                   4 kB
+Pss:                   3 kB
+VmFlags: rd wr
+";
+        let expected = Footprint {
+            overhead_pss_kib: 3,
+            guest_rss_kib: 110,
+        };
+        assert_eq!(split(parts, Some(131_072)).unwrap(), expected);
     }
 
     #[test]

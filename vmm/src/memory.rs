@@ -13,9 +13,12 @@
 use rustix::mm::{Advice, madvise};
 use std::{fs::File, io, os::fd::AsRawFd};
 use vm_memory::{
-    GuestAddress, GuestMemory, GuestMemoryError, GuestMemoryMmap, VolatileSlice,
+    GuestAddress, GuestMemory, GuestMemoryError, GuestMemoryMmap, GuestMemoryRegion, VolatileSlice,
     mmap::FromRangesError,
 };
+
+/// Bytes of a huge page of an x86-64 host.
+const HUGE_PAGE_BYTES: u64 = 2 << 20;
 
 /// Why guest RAM cannot be made or filled.
 #[derive(Debug, thiserror::Error)]
@@ -104,11 +107,7 @@ fn ask_for_huge_pages(
     bytes: usize,
 ) -> Result<(), MemoryError> {
     let slice = slice(memory, at, bytes as u64)?;
-    let start = slice.ptr_guard_mut().as_ptr().cast();
-    // SAFETY: the slice proves that these pages are guest RAM; the advice changes how they are backed, not
-    // what is in them.
-    let result = unsafe { madvise(start, bytes, Advice::LinuxHugepage) };
-    match result {
+    match advise(&slice, Advice::LinuxHugepage) {
         // A host whose kernel was built without huge pages has none to give.
         Ok(()) | Err(rustix::io::Errno::INVAL) => Ok(()),
         Err(source) => Err(MemoryError::Advise {
@@ -120,16 +119,49 @@ fn ask_for_huge_pages(
 
 /// Gives whole pages of guest RAM back to the host; they read as zeroes from then on.
 pub fn discard(memory: &GuestMemoryMmap, at: GuestAddress, bytes: u64) -> Result<(), MemoryError> {
-    let slice = slice(memory, at, bytes)?;
-    let start = slice.ptr_guard_mut().as_ptr().cast();
-    // SAFETY: the slice proves that these pages are guest RAM, which is private anonymous memory that is only
-    // accessed as volatile bytes: that they become zero invalidates no reference.
-    let result = unsafe { madvise(start, slice.len(), Advice::LinuxDontNeed) };
+    let discarded = slice(memory, at, bytes)?;
+    let result = advise(&discarded, Advice::LinuxDontNeed);
     result.map_err(|source| MemoryError::Discard {
         at: at.0,
         bytes,
         source: source.into(),
-    })
+    })?;
+    let Some((start, length)) = broken_huge_pages(memory, at, bytes) else {
+        return Ok(());
+    };
+    // The host's khugepaged would make whole huge pages of them again, holes included. A host that cannot be
+    // told otherwise, for want of huge pages or of mappings, only keeps more memory than it needs to.
+    let _ = advise(&slice(memory, start, length)?, Advice::LinuxNoHugepage);
+    Ok(())
+}
+
+/// The host's huge pages that a range of guest RAM lies in, as far as they are guest RAM; `None` where the
+/// range consists of whole ones.
+fn broken_huge_pages(
+    memory: &GuestMemoryMmap,
+    at: GuestAddress,
+    bytes: u64,
+) -> Option<(GuestAddress, u64)> {
+    let region = memory.find_region(at)?;
+    let base = region.as_ptr().addr() as u64;
+    let from = base.checked_add(at.0.checked_sub(region.start_addr().0)?)?;
+    let to = from.checked_add(bytes)?;
+    if from.is_multiple_of(HUGE_PAGE_BYTES) && to.is_multiple_of(HUGE_PAGE_BYTES) {
+        return None;
+    }
+    let first = base.max(from - from % HUGE_PAGE_BYTES);
+    let last = to.checked_next_multiple_of(HUGE_PAGE_BYTES)?;
+    let last = last.min(base.checked_add(region.len())?);
+    let start = region.start_addr().0.checked_add(first - base)?;
+    Some((GuestAddress(start), last.checked_sub(first)?))
+}
+
+/// Tells the host how to back a piece of guest RAM.
+fn advise(slice: &VolatileSlice<'_>, advice: Advice) -> rustix::io::Result<()> {
+    let start = slice.ptr_guard_mut().as_ptr().cast();
+    // SAFETY: the slice proves that these pages are guest RAM, which is private anonymous memory that is only
+    // accessed as volatile bytes: that they are backed otherwise, or become zero, invalidates no reference.
+    unsafe { madvise(start, slice.len(), advice) }
 }
 
 /// Copies part of `file` into guest RAM.
@@ -212,6 +244,7 @@ fn transfer(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::arch::x86_64::layout::PAGE_BYTES;
     use proptest::prelude::*;
     use std::io::Write;
     use vm_memory::Bytes;
@@ -288,6 +321,27 @@ mod tests {
                 discard(&memory, GuestAddress(at), bytes).is_err(),
                 "{at:#x}"
             );
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn broken_huge_pages_hold_the_range_and_stay_in_ram(page in 0_u64..4096, pages in 1_u64..2048) {
+            let ram_bytes = 16 << 20;
+            let start = GuestAddress(1 << 30);
+            let memory = allocate(&[(start, ram_bytes)]).unwrap();
+            let at = GuestAddress(start.0 + page * PAGE_BYTES);
+            let bytes = (pages * PAGE_BYTES).min(ram_bytes - page * PAGE_BYTES);
+            match broken_huge_pages(&memory, at, bytes) {
+                None => prop_assert!(bytes.is_multiple_of(HUGE_PAGE_BYTES)),
+                Some((first, length)) => {
+                    prop_assert!(first >= start && first <= at);
+                    prop_assert!(first.0 + length >= at.0 + bytes);
+                    prop_assert!(first.0 + length <= start.0 + ram_bytes);
+                    prop_assert!(length < bytes + 2 * HUGE_PAGE_BYTES);
+                }
+            }
+            discard(&memory, at, bytes).unwrap();
         }
     }
 
