@@ -272,8 +272,11 @@ impl Forwarder {
             };
             *client = None;
             crate::log::error(&format!("event {} attempt {attempt}", queued.topic), &error);
-            tokio::time::sleep(pause).await;
-            pause *= 2;
+            // Who waits for the event to be settled must not wait for a pause that no attempt follows.
+            if attempt < ATTEMPTS {
+                tokio::time::sleep(pause).await;
+                pause *= 2;
+            }
         }
     }
 

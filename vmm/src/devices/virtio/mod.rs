@@ -121,6 +121,17 @@ pub enum ActivateError {
     Thread(#[source] std::io::Error),
 }
 
+/// Answers a read of a device's configuration space, which `config` is the whole of; bytes beyond it are zero.
+fn read_config_space(config: &[u8], offset: u64, data: &mut [u8]) {
+    let rest = usize::try_from(offset)
+        .ok()
+        .and_then(|offset| config.get(offset..))
+        .unwrap_or_default();
+    let known = rest.len().min(data.len());
+    data[..known].copy_from_slice(&rest[..known]);
+    data[known..].fill(0);
+}
+
 /// A device behind the transport. Calls come in this order, from the vCPU threads under the transport's lock:
 /// any number of reads and writes of the configuration; `activate` once the driver is ready; `reset` when it
 /// asks for one or the VM ends; then `activate` may come again.

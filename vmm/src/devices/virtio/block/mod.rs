@@ -198,10 +198,7 @@ impl VirtioDevice for Block {
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let capacity = (self.disk.capacity_bytes / SECTOR_BYTES).to_le_bytes();
         let fields = [&capacity[..], &[0; 4], &MAX_SEGMENTS.to_le_bytes()].concat();
-        let from = usize::try_from(offset).unwrap_or(usize::MAX);
-        for (to, byte) in data.iter_mut().zip(fields.iter().skip(from)) {
-            *to = *byte;
-        }
+        super::read_config_space(&fields, offset, data);
     }
 
     fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {

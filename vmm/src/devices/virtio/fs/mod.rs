@@ -60,13 +60,7 @@ impl VirtioDevice for FileSystem {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let rest = usize::try_from(offset)
-            .ok()
-            .and_then(|offset| self.config.get(offset..))
-            .unwrap_or(&[]);
-        let known = rest.len().min(data.len());
-        data[..known].copy_from_slice(&rest[..known]);
-        data[known..].fill(0);
+        super::read_config_space(&self.config, offset, data);
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {

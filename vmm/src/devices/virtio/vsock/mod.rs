@@ -76,14 +76,7 @@ impl VirtioDevice for Vsock {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let config = self.cid.to_le_bytes();
-        let rest = usize::try_from(offset)
-            .ok()
-            .and_then(|offset| config.get(offset..))
-            .unwrap_or(&[]);
-        let known = rest.len().min(data.len());
-        data[..known].copy_from_slice(&rest[..known]);
-        data[known..].fill(0);
+        super::read_config_space(&self.cid.to_le_bytes(), offset, data);
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
