@@ -395,10 +395,7 @@ fn open_files(plan: &Plan<'_>) -> Result<(VmConfig, Vec<OwnedFd>), VmError> {
         vcpus: config.vcpus,
         memory_mib: config.memory_mib,
         cmdline: CMDLINE.to_owned(),
-        kvm: FdSlot(0),
-        kernel: FdSlot(1),
         initramfs: Some(FdSlot(2)),
-        console: FdSlot(3),
         vsock: Some(VsockConfig {
             cid: GUEST_CID,
             listener: FdSlot(4),
@@ -407,7 +404,7 @@ fn open_files(plan: &Plan<'_>) -> Result<(VmConfig, Vec<OwnedFd>), VmError> {
             tag: SHARE_TAG.to_owned(),
             directory: FdSlot(5),
         }),
-        disks: Vec::new(),
+        ..VmConfig::new(FdSlot(0), FdSlot(1), FdSlot(3))
     };
     Ok((vm, files))
 }

@@ -167,20 +167,21 @@ impl VmBuilder {
 
     fn boot(&self, mut vm: Vm) -> Result<Vm> {
         let mut fds = FdArray::default();
+        let kvm = fds.open(&self.kvm, OpenOptions::new().read(true).write(true))?;
+        let kernel = fds.open(&self.kernel, OpenOptions::new().read(true))?;
+        let console = fds.open(
+            &self.console.clone().unwrap_or_else(|| vm.console_path()),
+            OpenOptions::new().append(true).create(true),
+        )?;
         let config = VmConfig {
             vcpus: self.vcpus,
             memory_mib: self.memory_mib,
             cmdline: self.cmdline.clone(),
-            kvm: fds.open(&self.kvm, OpenOptions::new().read(true).write(true))?,
-            kernel: fds.open(&self.kernel, OpenOptions::new().read(true))?,
             initramfs: Some(fds.open(&self.initramfs, OpenOptions::new().read(true))?),
-            console: fds.open(
-                &self.console.clone().unwrap_or_else(|| vm.console_path()),
-                OpenOptions::new().append(true).create(true),
-            )?,
             vsock: self.vsock.then(|| vm.listen(&mut fds)).transpose()?,
             share: self.share.then(|| vm.share(&mut fds)).transpose()?,
             disks: self.open_disks(&mut fds)?,
+            ..VmConfig::new(kvm, kernel, console)
         };
         vm.send(&Request::Boot(config), &fds.0)?;
         Ok(vm)

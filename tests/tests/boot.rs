@@ -203,18 +203,7 @@ fn a_configuration_that_breaks_the_contract_is_refused() -> Result<()> {
     let Some(programs) = requirement::kvm()? else {
         return Ok(());
     };
-    let without_files = VmConfig {
-        vcpus: 1,
-        memory_mib: 128,
-        cmdline: String::new(),
-        kvm: FdSlot(0),
-        kernel: FdSlot(1),
-        initramfs: None,
-        console: FdSlot(2),
-        vsock: None,
-        share: None,
-        disks: Vec::new(),
-    };
+    let without_files = VmConfig::new(FdSlot(0), FdSlot(1), FdSlot(2));
     let mut vm = Vm::start_bare(&programs.vmm)?;
     vm.ask(&Request::Boot(without_files))?;
     fails(vm, FailureKind::Config)?;

@@ -41,6 +41,9 @@ pub enum BusError {
         /// How long it is.
         bytes: u64,
     },
+    /// The guest's address space is full.
+    #[error("no address is left for {0} bytes of device memory")]
+    NoMemory(u64),
     /// The window for devices is full.
     #[error("no address is left for a device of {0} bytes")]
     NoAddress(u64),
@@ -114,17 +117,20 @@ pub struct Bus {
     memory: Space,
     next_address: u64,
     end_of_window: u64,
+    next_memory: u64,
     interrupts: RangeInclusive<u32>,
 }
 
 impl Bus {
-    /// A bus without devices, that hands out addresses from the window at `base` and these interrupts.
-    pub fn new(base: u64, bytes: u64, interrupts: RangeInclusive<u32>) -> Self {
+    /// A bus without devices, that hands out registers from the window at `base`, device memory from
+    /// `memory` on, and these interrupts.
+    pub fn new(base: u64, bytes: u64, memory: u64, interrupts: RangeInclusive<u32>) -> Self {
         Self {
             ports: Space::default(),
             memory: Space::default(),
             next_address: base,
             end_of_window: base.saturating_add(bytes),
+            next_memory: memory,
             interrupts,
         }
     }
@@ -143,6 +149,16 @@ impl Bus {
             bytes,
             interrupt,
         })
+    }
+
+    /// Finds guest-physical addresses above RAM for `bytes` of memory that a device shows to the guest, a
+    /// multiple of `alignment`, which is a power of two.
+    pub fn allocate_memory(&mut self, bytes: u64, alignment: u64) -> Result<u64, BusError> {
+        let base = self.next_memory.checked_next_multiple_of(alignment);
+        let range = base.and_then(|base| Some((base, base.checked_add(bytes)?)));
+        let (base, end) = range.ok_or(BusError::NoMemory(bytes))?;
+        self.next_memory = end;
+        Ok(base)
     }
 
     /// Puts a device on ports.
@@ -184,6 +200,7 @@ impl Bus {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     struct Echo(Vec<(u64, Vec<u8>)>);
 
@@ -204,7 +221,7 @@ mod tests {
 
     #[test]
     fn accesses_reach_the_device_that_holds_them_whole() {
-        let mut bus = Bus::new(0x1000, 0x1000, 5..=6);
+        let mut bus = Bus::new(0x1000, 0x1000, 0, 5..=6);
         let device = echo();
         bus.add_ports(0x60, 5, device.clone()).unwrap();
         let mut byte = [0];
@@ -224,7 +241,7 @@ mod tests {
 
     #[test]
     fn ranges_must_not_overlap() {
-        let mut bus = Bus::new(0x1000, 0x1000, 5..=6);
+        let mut bus = Bus::new(0x1000, 0x1000, 0, 5..=6);
         bus.add_ports(0x60, 5, echo()).unwrap();
         for (base, count) in [(0x60, 1), (0x5f, 2), (0x64, 1), (0x50, 0x40), (0x10, 0)] {
             let result = bus.add_ports(base, count, echo());
@@ -236,13 +253,41 @@ mod tests {
 
     #[test]
     fn the_window_and_the_interrupts_run_out() {
-        let mut bus = Bus::new(0x1000, 0x3000, 5..=6);
+        let mut bus = Bus::new(0x1000, 0x3000, 0, 5..=6);
         let first = bus.allocate(0x1000).unwrap();
         let second = bus.allocate(0x1000).unwrap();
         assert_eq!((first.base, first.interrupt), (0x1000, 5));
         assert_eq!((second.base, second.interrupt), (0x2000, 6));
         assert_eq!(bus.allocate(0x1000), Err(BusError::NoInterrupt));
-        let mut small = Bus::new(0x1000, 0x1000, 5..=6);
+        let mut small = Bus::new(0x1000, 0x1000, 0, 5..=6);
         assert_eq!(small.allocate(0x1001), Err(BusError::NoAddress(0x1001)));
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_is_allocated_does_not_overlap(
+            asked in proptest::collection::vec((1_u64..1 << 40, 0_u32..34, any::<bool>()), 1..40),
+        ) {
+            let mut bus = Bus::new(0x1000, 0x10_0000, 1 << 32, 5..=23);
+            let (mut taken, mut interrupts) = (Vec::new(), Vec::new());
+            for (bytes, alignment, registers) in asked {
+                let (base, bytes) = if registers {
+                    let Ok(place) = bus.allocate(bytes % 0x1_0000 + 1) else { continue };
+                    interrupts.push(place.interrupt);
+                    (place.base, place.bytes)
+                } else {
+                    let Ok(base) = bus.allocate_memory(bytes, 1 << alignment) else { continue };
+                    prop_assert!(base.is_multiple_of(1 << alignment));
+                    (base, bytes)
+                };
+                taken.push((base, base + bytes));
+            }
+            taken.sort_unstable();
+            prop_assert!(taken.windows(2).all(|pair| pair[0].1 <= pair[1].0), "{taken:x?}");
+            let count = interrupts.len();
+            interrupts.sort_unstable();
+            interrupts.dedup();
+            prop_assert_eq!(interrupts.len(), count);
+        }
     }
 }

@@ -224,18 +224,7 @@ mod tests {
     }
 
     fn config() -> VmConfig {
-        VmConfig {
-            vcpus: 1,
-            memory_mib: 128,
-            cmdline: String::new(),
-            kvm: FdSlot(0),
-            kernel: FdSlot(1),
-            initramfs: None,
-            console: FdSlot(2),
-            vsock: None,
-            share: None,
-            disks: Vec::new(),
-        }
+        VmConfig::new(FdSlot(0), FdSlot(1), FdSlot(2))
     }
 
     fn named_files(count: u8) -> Vec<File> {

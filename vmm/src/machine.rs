@@ -112,7 +112,12 @@ impl Machine {
             vm,
             memory,
             ram_bytes,
-            bus: Bus::new(window, layout::VIRTIO_MMIO_BYTES, interrupts),
+            bus: Bus::new(
+                window,
+                layout::VIRTIO_MMIO_BYTES,
+                layout::device_memory(ram_bytes).0,
+                interrupts,
+            ),
             virtio: Vec::new(),
         })
     }

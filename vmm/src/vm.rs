@@ -7,10 +7,12 @@
 //! Must not know any device.
 
 use crate::arch::x86_64::layout;
-use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
+use kvm_bindings::{
+    CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, kvm_userspace_memory_region,
+};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
-use vm_memory::{GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 /// What this VMM needs of KVM, and its name for people.
@@ -94,19 +96,46 @@ impl Vm {
     /// Gives the VM its RAM, which must live as long as the VM runs: both are kept by the caller.
     pub fn add_memory(&self, memory: &GuestMemoryMmap) -> Result<(), VmError> {
         for (slot, region) in (0..).zip(memory.iter()) {
-            let region = kvm_userspace_memory_region {
-                slot,
-                flags: 0,
-                guest_phys_addr: region.start_addr().0,
-                memory_size: region.len(),
-                userspace_addr: region.as_ptr() as u64,
-            };
             // SAFETY: the region is a mapping of this process that only the guest and volatile accesses of
             // devices touch, and the regions of one `GuestMemoryMmap` don't overlap.
-            let result = unsafe { self.fd.set_user_memory_region(region) };
-            result.map_err(failed("KVM_SET_USER_MEMORY_REGION"))?;
+            unsafe {
+                self.add_memory_slot(
+                    slot,
+                    region.start_addr(),
+                    region.as_ptr(),
+                    region.len(),
+                    false,
+                )?;
+            }
         }
         Ok(())
+    }
+
+    /// Shows the guest `bytes` of this process's memory from `host` on at `at`, as memory slot `slot`, which
+    /// holds nothing yet. `read_only` makes writes of the guest exits to here.
+    ///
+    /// # Safety
+    ///
+    /// The range is a mapping of this process that stays one for as long as the VM runs, and that nobody but the
+    /// guest and volatile accesses of devices touch.
+    pub unsafe fn add_memory_slot(
+        &self,
+        slot: u32,
+        at: GuestAddress,
+        host: *mut u8,
+        bytes: u64,
+        read_only: bool,
+    ) -> Result<(), VmError> {
+        let region = kvm_userspace_memory_region {
+            slot,
+            flags: if read_only { KVM_MEM_READONLY } else { 0 },
+            guest_phys_addr: at.0,
+            memory_size: bytes,
+            userspace_addr: host as u64,
+        };
+        // SAFETY: the caller's promise.
+        let result = unsafe { self.fd.set_user_memory_region(region) };
+        result.map_err(failed("KVM_SET_USER_MEMORY_REGION"))
     }
 
     /// Writing `event` raises `interrupt`.

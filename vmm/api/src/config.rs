@@ -45,12 +45,15 @@ pub struct VmConfig {
     /// An uncompressed x86-64 ELF kernel with a PVH entry note, opened read-only.
     pub kernel: FdSlot,
     /// Initramfs, opened read-only.
+    #[serde(default)]
     pub initramfs: Option<FdSlot>,
     /// Where the guest's serial console is written, opened for appending.
     pub console: FdSlot,
     /// The socket device.
+    #[serde(default)]
     pub vsock: Option<VsockConfig>,
     /// The shared directory.
+    #[serde(default)]
     pub share: Option<ShareConfig>,
     /// Block devices, in the order in which the guest sees them (`vda`, `vdb`, …).
     #[serde(default)]
@@ -137,6 +140,23 @@ pub enum ConfigError {
 }
 
 impl VmConfig {
+    /// The smallest VM that these files make: one vCPU, [`MIN_MEMORY_MIB`], an empty command line, no device but
+    /// the console.
+    pub fn new(kvm: FdSlot, kernel: FdSlot, console: FdSlot) -> Self {
+        Self {
+            vcpus: 1,
+            memory_mib: MIN_MEMORY_MIB,
+            cmdline: String::new(),
+            kvm,
+            kernel,
+            initramfs: None,
+            console,
+            vsock: None,
+            share: None,
+            disks: Vec::new(),
+        }
+    }
+
     /// Checks every field, given that `received` file descriptors came with the message.
     pub fn validate(&self, received: usize) -> Result<(), ConfigError> {
         in_range("vcpus", self.vcpus.into(), 1, MAX_VCPUS.into())?;
@@ -264,13 +284,8 @@ mod tests {
 
     fn config() -> VmConfig {
         VmConfig {
-            vcpus: 1,
-            memory_mib: 128,
             cmdline: "quiet".into(),
-            kvm: FdSlot(0),
-            kernel: FdSlot(1),
             initramfs: Some(FdSlot(2)),
-            console: FdSlot(3),
             vsock: Some(VsockConfig {
                 cid: 3,
                 listener: FdSlot(4),
@@ -284,6 +299,7 @@ mod tests {
                 read_only: true,
                 serial: "root".into(),
             }],
+            ..VmConfig::new(FdSlot(0), FdSlot(1), FdSlot(3))
         }
     }
 

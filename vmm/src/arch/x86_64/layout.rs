@@ -5,7 +5,7 @@
 //! 640 KiB .. 1 MiB      reserved: ACPI tables
 //! 1 MiB .. 3 GiB        RAM: kernel, initramfs (at the end)
 //! 3 GiB .. 4 GiB        devices, IOAPIC, LAPIC, KVM's own pages
-//! 4 GiB ..              RAM: the rest
+//! 4 GiB ..              RAM: the rest, then the memory that devices show to the guest
 //! ```
 //!
 //! Numbers only: nothing here touches memory.
@@ -79,6 +79,11 @@ pub fn ram(bytes: u64) -> Vec<(GuestAddress, u64)> {
     ranges
 }
 
+/// Where memory of devices may start: above the hole and above RAM of `bytes`.
+pub fn device_memory(bytes: u64) -> GuestAddress {
+    GuestAddress(ABOVE_HOLE + bytes.saturating_sub(HOLE))
+}
+
 /// End of the RAM below the hole.
 pub fn ram_end_below_hole(bytes: u64) -> GuestAddress {
     GuestAddress(bytes.min(HOLE))
@@ -97,6 +102,7 @@ mod tests {
             prop_assert_eq!(ranges.iter().map(|range| range.1).sum::<u64>(), bytes);
             for (start, len) in ranges {
                 prop_assert!(start.0 + len <= HOLE || start.0 >= ABOVE_HOLE);
+                prop_assert!(start.0 + len <= device_memory(bytes).0);
             }
         }
     }

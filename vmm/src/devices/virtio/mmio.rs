@@ -31,7 +31,7 @@ const VERSION: u32 = 2;
 const VENDOR: u32 = u32::from_le_bytes(*b"WLNT");
 /// Start of the device's configuration.
 const CONFIGURATION: u64 = 0x100;
-/// What a shared memory region that isn't there has as its length, low and high.
+/// What a shared memory region that isn't there has as its length and base, low and high (section 4.2.2).
 const NO_REGION: u32 = u32::MAX;
 /// Features of the transport and the ring.
 const OWN_FEATURES: u64 =
@@ -105,6 +105,7 @@ pub struct Transport {
     interrupt: Interrupt,
     slots: Vec<Slot>,
     selected_queue: usize,
+    selected_region: u32,
     device_features_word: u32,
     driver_features_word: u32,
     driver_features: u64,
@@ -132,6 +133,7 @@ impl Transport {
             interrupt: Interrupt::new(irqfd),
             slots,
             selected_queue: 0,
+            selected_region: 0,
             device_features_word: 0,
             driver_features_word: 0,
             driver_features: 0,
@@ -169,8 +171,22 @@ impl Transport {
             },
             0x60 => self.interrupt.interrupt_status.load(Ordering::SeqCst),
             0x70 => self.status(),
-            0xb0 | 0xb4 => NO_REGION,
-            // ConfigGeneration (0xfc) is always 0: no device changes its configuration.
+            0xb0..=0xbc => self.read_region(offset),
+            0xfc => self.interrupt.config_generation.load(Ordering::SeqCst),
+            _ => 0,
+        }
+    }
+
+    /// SHMLenLow, SHMLenHigh, SHMBaseLow and SHMBaseHigh of the selected region.
+    fn read_region(&self, offset: u64) -> u32 {
+        let Some(region) = self.device.shared_region(self.selected_region) else {
+            return NO_REGION;
+        };
+        match offset {
+            0xb0 => word(region.bytes, 0),
+            0xb4 => word(region.bytes, 1),
+            0xb8 => word(region.address.0, 0),
+            0xbc => word(region.address.0, 1),
             _ => 0,
         }
     }
@@ -188,6 +204,7 @@ impl Transport {
                 status.fetch_and(!value, Ordering::SeqCst);
             }
             0x70 => self.write_status(value),
+            0xac => self.selected_region = value,
             _ => self.write_queue(offset, value),
         }
     }
@@ -334,6 +351,7 @@ impl Transport {
             }
         }
         self.selected_queue = 0;
+        self.selected_region = 0;
         self.device_features_word = 0;
         self.driver_features_word = 0;
         self.driver_features = 0;
@@ -342,9 +360,9 @@ impl Transport {
     }
 }
 
-/// A 32-bit part of the features.
-fn word(features: u64, selected: u32) -> u32 {
-    let bytes = features.to_le_bytes();
+/// A 32-bit part of what the registers show in two halves.
+fn word(value: u64, selected: u32) -> u32 {
+    let bytes = value.to_le_bytes();
     let [a, b, c, d, e, f, g, h] = bytes;
     match selected {
         0 => u32::from_le_bytes([a, b, c, d]),
@@ -365,8 +383,9 @@ impl BusDevice for Transport {
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) -> Effect {
-        // No device has configuration that the driver may write.
-        if let (Ok(data), true) = (<[u8; 4]>::try_from(data), offset < CONFIGURATION) {
+        if let Some(offset) = offset.checked_sub(CONFIGURATION) {
+            self.device.write_config(offset, data);
+        } else if let Ok(data) = <[u8; 4]>::try_from(data) {
             self.write_register(offset, u32::from_le_bytes(data));
         }
         Effect::None
@@ -375,7 +394,7 @@ impl BusDevice for Transport {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{ActivateError, DEVICE_NEEDS_RESET, DeviceType};
+    use super::super::{ActivateError, DEVICE_NEEDS_RESET, DeviceType, SharedRegion};
     use super::*;
     use crate::memory;
     use proptest::prelude::*;
@@ -385,6 +404,7 @@ mod tests {
     #[derive(Default)]
     struct Seen {
         activation: Option<Activation>,
+        config_writes: Vec<(u64, Vec<u8>)>,
         resets: u32,
     }
 
@@ -405,6 +425,18 @@ mod tests {
 
         fn read_config(&self, offset: u64, data: &mut [u8]) {
             data.fill(u8::try_from(offset).unwrap_or(0xee));
+        }
+
+        fn write_config(&mut self, offset: u64, data: &[u8]) {
+            let mut seen = self.0.lock().unwrap();
+            seen.config_writes.push((offset, data.to_vec()));
+        }
+
+        fn shared_region(&self, id: u32) -> Option<SharedRegion> {
+            (id == 1).then_some(SharedRegion {
+                address: GuestAddress(0x12_3456_7000),
+                bytes: 0x1_0000_2000,
+            })
         }
 
         fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
@@ -560,16 +592,35 @@ mod tests {
     }
 
     #[test]
-    fn a_shared_memory_region_is_absent() {
+    fn shared_memory_regions_are_found_by_their_id() {
         let mut driver = Driver::new();
-        driver.write(0xac, 0);
-        assert_eq!((driver.read(0xb0), driver.read(0xb4)), (u32::MAX, u32::MAX));
+        let region = |driver: &mut Driver, id| {
+            driver.write(0xac, id);
+            [0xb0, 0xb4, 0xb8, 0xbc].map(|offset| driver.read(offset))
+        };
+        assert_eq!(region(&mut driver, 0), [u32::MAX; 4]);
+        assert_eq!(region(&mut driver, 1), [0x2000, 1, 0x3456_7000, 0x12]);
+        assert_eq!(region(&mut driver, u32::MAX), [u32::MAX; 4]);
+    }
+
+    #[test]
+    fn configuration_is_written_and_its_changes_are_counted() {
+        let mut driver = Driver::new();
+        driver.write(0x108, 7);
+        driver.transport.write(0x102, &[1]);
+        let writes = std::mem::take(&mut driver.seen.lock().unwrap().config_writes);
+        assert_eq!(writes, [(8, vec![7, 0, 0, 0]), (2, vec![1])]);
+        let before = driver.read(0xfc);
+        driver.transport.interrupt.signal_config_change();
+        assert_ne!(driver.read(0xfc), before);
+        assert_eq!(driver.read(0x60), 2, "configuration change");
+        assert_eq!(driver.irqfd.read().unwrap(), 1);
     }
 
     proptest! {
         #[test]
         fn any_accesses_are_survived(
-            accesses in proptest::collection::vec((any::<bool>(), 0_u64..0x140, any::<u32>(), 1_usize..9), 0..200)
+            accesses in proptest::collection::vec((any::<bool>(), 0_u64..0x140, any::<u32>(), 1_usize..9), 0..200),
         ) {
             let mut driver = Driver::new();
             for (write, offset, value, bytes) in accesses {

@@ -19,23 +19,31 @@ use std::sync::{
     atomic::{AtomicU32, Ordering},
 };
 use virtio_queue::Queue;
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 /// Device ids of virtio 1.3, section 5.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
 pub enum DeviceType {
+    /// Section 5.1.
+    Network = 1,
     /// Section 5.2.
     Block = 2,
+    /// Section 5.3.
+    Console = 3,
     /// Section 5.4.
     Entropy = 4,
     /// Section 5.5.
     Balloon = 5,
     /// Section 5.10.
     Socket = 19,
+    /// Section 5.15.
+    Memory = 24,
     /// Section 5.11.
     FileSystem = 26,
+    /// Section 5.19.
+    PersistentMemory = 27,
 }
 
 /// InterruptStatus bit 0: the device used a buffer.
@@ -52,6 +60,7 @@ const DEVICE_NEEDS_RESET: u32 = 64;
 pub struct Interrupt {
     interrupt_status: Arc<AtomicU32>,
     device_status: Arc<AtomicU32>,
+    config_generation: Arc<AtomicU32>,
     irqfd: Arc<EventFd>,
 }
 
@@ -61,6 +70,7 @@ impl Interrupt {
         Self {
             interrupt_status: Arc::default(),
             device_status: Arc::default(),
+            config_generation: Arc::default(),
             irqfd,
         }
     }
@@ -68,6 +78,13 @@ impl Interrupt {
     /// Tells the driver that buffers were used. Call it only when `Queue::needs_notification` says so.
     pub fn signal_used(&self) {
         self.raise(USED_BUFFER);
+    }
+
+    /// Tells the driver that the device's configuration space reads differently from now on (section 2.5). Call
+    /// it after the change, so that a driver that sees the same generation twice has read one state.
+    pub fn signal_config_change(&self) {
+        self.config_generation.fetch_add(1, Ordering::SeqCst);
+        self.raise(CONFIGURATION_CHANGE);
     }
 
     /// Tells the driver that the device broke (DEVICE_NEEDS_RESET), after which the device's thread ends.
@@ -121,6 +138,15 @@ pub enum ActivateError {
     Thread(#[source] std::io::Error),
 }
 
+/// Guest-physical memory that a device shares with its driver beside the queues (section 2.10).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SharedRegion {
+    /// Where it starts.
+    pub address: GuestAddress,
+    /// How long it is.
+    pub bytes: u64,
+}
+
 /// Answers a read of a device's configuration space, which `config` is the whole of; bytes beyond it are zero.
 fn read_config_space(config: &[u8], offset: u64, data: &mut [u8]) {
     let rest = usize::try_from(offset)
@@ -147,6 +173,14 @@ pub trait VirtioDevice: Send {
 
     /// Reads the device's configuration space; bytes beyond its end are zero.
     fn read_config(&self, offset: u64, data: &mut [u8]);
+
+    /// The driver writes the device's configuration space, which few devices have writable fields in.
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    /// The shared memory region with this id, if the device has one.
+    fn shared_region(&self, _id: u32) -> Option<SharedRegion> {
+        None
+    }
 
     /// Starts the device's thread.
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
