@@ -18,24 +18,34 @@ const RECIPE: &str = "node 1";
 /// The release that has containerd 2.1 and runc 1.3.
 const SUITE: &str = "sid";
 
-const PACKAGES: [&str; 15] = [
+const PACKAGES: [&str; 25] = [
     "containerd",
     "containernetworking-plugins",
     "runc",
     "linux-image-cloud-amd64",
     // What tests and the person at `lab shell` use.
+    "acl",
+    "attr",
     "busybox-static",
     "e2fsprogs",
     "erofs-utils",
+    "ethtool",
+    "fio",
+    "iperf3",
     "iproute2",
     "iptables",
+    "iputils-ping",
     "jq",
     "kmod",
+    "libcap2-bin",
     "procps",
+    "python3-minimal",
+    "socat",
     "strace",
     "util-linux",
-    // The peer of the benchmarks.
+    // The peers of the benchmarks.
     "qemu-system-x86",
+    "virtiofsd",
 ];
 
 /// Kernel modules that the lab's initramfs needs to find and mount the node image.
