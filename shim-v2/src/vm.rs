@@ -400,10 +400,7 @@ fn open_files(plan: &Plan<'_>) -> Result<(VmConfig, Vec<OwnedFd>), VmError> {
             cid: GUEST_CID,
             listener: FdSlot(4),
         }),
-        share: Some(ShareConfig {
-            tag: SHARE_TAG.to_owned(),
-            directory: FdSlot(5),
-        }),
+        share: Some(ShareConfig::new(SHARE_TAG, FdSlot(5))),
         ..VmConfig::new(FdSlot(0), FdSlot(1), FdSlot(3))
     };
     Ok((vm, files))

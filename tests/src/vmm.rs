@@ -190,11 +190,9 @@ impl VmBuilder {
     fn open_disks(&self, fds: &mut FdArray) -> Result<Vec<DiskConfig>> {
         let mut disks = Vec::new();
         for (index, (path, read_only)) in self.disks.iter().enumerate() {
-            disks.push(DiskConfig {
-                file: fds.open(path, OpenOptions::new().read(true).write(!read_only))?,
-                read_only: *read_only,
-                serial: format!("disk{index}"),
-            });
+            let file = fds.open(path, OpenOptions::new().read(true).write(!read_only))?;
+            let serial = format!("disk{index}");
+            disks.push(DiskConfig::new(file, *read_only, &serial));
         }
         Ok(disks)
     }
@@ -317,10 +315,7 @@ impl Vm {
             Mode::empty(),
         )
         .context("cannot open the share")?;
-        Ok(ShareConfig {
-            tag: SHARE_TAG.to_owned(),
-            directory: fds.push(directory)?,
-        })
+        Ok(ShareConfig::new(SHARE_TAG, fds.push(directory)?))
     }
 
     /// Sends one request.

@@ -297,7 +297,21 @@ fn test_program(root: &Path, message: &Value) -> Option<TestProgram> {
 
 /// From the lowest rung of the testing ladder up: what fails there explains the rest.
 fn order(name: &str) -> usize {
-    let ladder = ["boot", "agent", "shim", "ctr", "crash"];
+    let ladder = [
+        "boot",
+        "machine",
+        "block",
+        "network",
+        "socket",
+        "share",
+        "memory",
+        "jail",
+        "hostile_guest",
+        "agent",
+        "shim",
+        "ctr",
+        "crash",
+    ];
     let rung = name
         .strip_prefix(LAB_TESTS)
         .map(|name| name.trim_start_matches('/'));

@@ -3,6 +3,7 @@
 //! Must not open or look at a file: a [`FdSlot`] is only a position in the array of file descriptors
 //! that travels with the configuration.
 
+use crate::device::{DiskConfig, NetworkConfig, PmemConfig, ShareConfig, VsockConfig};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 
@@ -14,16 +15,12 @@ pub const MAX_VCPUS: u8 = 254;
 pub const MIN_MEMORY_MIB: u32 = 96;
 /// Guest RAM in MiB at the most: 1 TiB.
 pub const MAX_MEMORY_MIB: u32 = 1024 * 1024;
-/// Block devices of one VM at the most, by the interrupts that one IOAPIC has.
-pub const MAX_DISKS: usize = 12;
+/// MiB by which RAM can be added: the guest kernel adds and removes memory in blocks of this size.
+pub const MEMORY_STEP_MIB: u32 = 128;
+/// Disks, networks and persistent memories of one VM at the most, by the interrupts that one IOAPIC has.
+pub const MAX_DEVICES: usize = 12;
 /// Longest kernel command line in bytes: `COMMAND_LINE_SIZE` of x86 without its terminating zero.
 const MAX_CMDLINE_BYTES: usize = 2047;
-/// virtio 1.3, section 5.11.4: the tag is 36 bytes, padded with zeroes.
-const MAX_TAG_BYTES: usize = 36;
-/// virtio 1.3, section 5.2.6: VIRTIO_BLK_T_GET_ID answers up to 20 bytes.
-const MAX_SERIAL_BYTES: usize = 20;
-/// Linux' `VMADDR_CID_HOST` is 2; guests start above it. `u32::MAX` is `VMADDR_CID_ANY`.
-const MIN_GUEST_CID: u32 = 3;
 
 /// Position of a file descriptor in the array that travels with [`VmConfig`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -36,8 +33,15 @@ pub struct FdSlot(pub u8);
 pub struct VmConfig {
     /// Number of vCPUs, 1 to [`MAX_VCPUS`].
     pub vcpus: u8,
+    /// vCPUs that it may have after some were added, `vcpus` to [`MAX_VCPUS`]; `vcpus` where absent.
+    #[serde(default)]
+    pub max_vcpus: Option<u8>,
     /// Guest RAM in MiB, [`MIN_MEMORY_MIB`] to [`MAX_MEMORY_MIB`].
     pub memory_mib: u32,
+    /// Guest RAM in MiB that it may have after some was added, `memory_mib` to [`MAX_MEMORY_MIB`] and more than that by
+    /// a multiple of [`MEMORY_STEP_MIB`]; `memory_mib` where absent.
+    #[serde(default)]
+    pub max_memory_mib: Option<u32>,
     /// Kernel command line, printable ASCII, at most 2047 bytes.
     pub cmdline: String,
     /// `/dev/kvm`, opened read-write.
@@ -58,38 +62,12 @@ pub struct VmConfig {
     /// Block devices, in the order in which the guest sees them (`vda`, `vdb`, …).
     #[serde(default)]
     pub disks: Vec<DiskConfig>,
-}
-
-/// The virtio socket device: host programs connect to `listener`, see [`crate::connect_line`].
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct VsockConfig {
-    /// The guest's context id, 3 to `u32::MAX - 1`.
-    pub cid: u32,
-    /// A listening Unix stream socket.
-    pub listener: FdSlot,
-}
-
-/// The virtio file system device.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ShareConfig {
-    /// Mount tag, 1 to 36 bytes.
-    pub tag: String,
-    /// The directory that becomes the root of the VMM's mount namespace, opened `O_PATH`. It is a mount point.
-    pub directory: FdSlot,
-}
-
-/// A virtio block device backed by a file or a block device.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct DiskConfig {
-    /// The backing file, opened read-only or read-write as `read_only` says.
-    pub file: FdSlot,
-    /// Whether the guest may only read.
-    pub read_only: bool,
-    /// What the guest reads as the device's serial, at most 20 bytes of printable ASCII.
-    pub serial: String,
+    /// Network interfaces, in the order in which the guest sees them (`eth0`, `eth1`, …).
+    #[serde(default)]
+    pub networks: Vec<NetworkConfig>,
+    /// Persistent memories, in the order in which the guest sees them (`pmem0`, `pmem1`, …).
+    #[serde(default)]
+    pub pmems: Vec<PmemConfig>,
 }
 
 /// Why a configuration is refused.
@@ -106,6 +84,16 @@ pub enum ConfigError {
         min: u64,
         /// The most that is allowed.
         max: u64,
+    },
+    /// A number breaks a rule other than a range.
+    #[error("{field} is {value}, but must be {rule}")]
+    Number {
+        /// Name of the field.
+        field: &'static str,
+        /// What it holds.
+        value: u64,
+        /// What would be accepted.
+        rule: &'static str,
     },
     /// A string is too long or has characters that its consumer cannot take.
     #[error("{field} {value:?} must be {rule}")]
@@ -145,7 +133,9 @@ impl VmConfig {
     pub fn new(kvm: FdSlot, kernel: FdSlot, console: FdSlot) -> Self {
         Self {
             vcpus: 1,
+            max_vcpus: None,
             memory_mib: MIN_MEMORY_MIB,
+            max_memory_mib: None,
             cmdline: String::new(),
             kvm,
             kernel,
@@ -154,6 +144,8 @@ impl VmConfig {
             vsock: None,
             share: None,
             disks: Vec::new(),
+            networks: Vec::new(),
+            pmems: Vec::new(),
         }
     }
 
@@ -166,11 +158,13 @@ impl VmConfig {
             MIN_MEMORY_MIB.into(),
             MAX_MEMORY_MIB.into(),
         )?;
+        self.validate_growth()?;
+        let devices = self.disks.len() + self.networks.len() + self.pmems.len();
         in_range(
-            "number of disks",
-            self.disks.len() as u64,
+            "number of disks, networks and pmems",
+            devices as u64,
             0,
-            MAX_DISKS as u64,
+            MAX_DEVICES as u64,
         )?;
         printable(
             "cmdline",
@@ -179,33 +173,32 @@ impl VmConfig {
             "at most 2047 printable ASCII characters",
         )?;
         if let Some(vsock) = &self.vsock {
-            in_range(
-                "vsock.cid",
-                vsock.cid.into(),
-                MIN_GUEST_CID.into(),
-                u64::from(u32::MAX) - 1,
-            )?;
+            vsock.validate()?;
         }
         if let Some(share) = &self.share {
-            let rule = "1 to 36 printable ASCII characters";
-            printable("share.tag", &share.tag, MAX_TAG_BYTES, rule)?;
-            if share.tag.is_empty() {
-                return Err(ConfigError::Text {
-                    field: "share.tag",
-                    value: String::new(),
-                    rule,
-                });
-            }
+            share.validate()?;
         }
-        for disk in &self.disks {
-            printable(
-                "disk.serial",
-                &disk.serial,
-                MAX_SERIAL_BYTES,
-                "at most 20 printable ASCII characters",
-            )?;
-        }
+        self.disks.iter().try_for_each(DiskConfig::validate)?;
+        self.networks.iter().try_for_each(NetworkConfig::validate)?;
         self.validate_slots(received)
+    }
+
+    /// What the VM may become.
+    fn validate_growth(&self) -> Result<(), ConfigError> {
+        let (vcpus, mib) = (self.vcpus, self.memory_mib);
+        let most = self.max_vcpus.unwrap_or(vcpus);
+        in_range("max_vcpus", most.into(), vcpus.into(), MAX_VCPUS.into())?;
+        let most = self.max_memory_mib.unwrap_or(mib);
+        let limit = MAX_MEMORY_MIB.into();
+        in_range("max_memory_mib", most.into(), mib.into(), limit)?;
+        if !(most - mib).is_multiple_of(MEMORY_STEP_MIB) {
+            return Err(ConfigError::Number {
+                field: "max_memory_mib",
+                value: most.into(),
+                rule: "memory_mib and a multiple of 128",
+            });
+        }
+        Ok(())
     }
 
     fn validate_slots(&self, received: usize) -> Result<(), ConfigError> {
@@ -245,12 +238,19 @@ impl VmConfig {
                 .iter()
                 .map(|share| ("share.directory", share.directory)),
         );
-        slots.extend(self.disks.iter().map(|disk| ("disk.file", disk.file)));
+        slots.extend(self.disks.iter().flat_map(DiskConfig::slots));
+        slots.extend(self.networks.iter().flat_map(NetworkConfig::slots));
+        slots.extend(self.pmems.iter().flat_map(PmemConfig::slots));
         slots
     }
 }
 
-fn in_range(field: &'static str, value: u64, min: u64, max: u64) -> Result<(), ConfigError> {
+pub(crate) fn in_range(
+    field: &'static str,
+    value: u64,
+    min: u64,
+    max: u64,
+) -> Result<(), ConfigError> {
     if (min..=max).contains(&value) {
         return Ok(());
     }
@@ -262,7 +262,7 @@ fn in_range(field: &'static str, value: u64, min: u64, max: u64) -> Result<(), C
     })
 }
 
-fn printable(
+pub(crate) fn printable(
     field: &'static str,
     value: &str,
     max_bytes: usize,
@@ -290,15 +290,8 @@ mod tests {
                 cid: 3,
                 listener: FdSlot(4),
             }),
-            share: Some(ShareConfig {
-                tag: "walnut".into(),
-                directory: FdSlot(5),
-            }),
-            disks: vec![DiskConfig {
-                file: FdSlot(6),
-                read_only: true,
-                serial: "root".into(),
-            }],
+            share: Some(ShareConfig::new("walnut", FdSlot(5))),
+            disks: vec![DiskConfig::new(FdSlot(6), true, "root")],
             ..VmConfig::new(FdSlot(0), FdSlot(1), FdSlot(3))
         }
     }
@@ -311,10 +304,13 @@ mod tests {
     #[test]
     fn numbers_outside_their_range_are_named() {
         type Change = fn(&mut VmConfig);
-        let cases: [(&str, Change); 4] = [
+        let cases: [(&str, Change); 7] = [
             ("vcpus is 0", |c| c.vcpus = 0),
             ("vcpus is 255", |c| c.vcpus = 255),
             ("memory_mib is 1", |c| c.memory_mib = 1),
+            ("max_vcpus is 1", |c| (c.vcpus, c.max_vcpus) = (2, Some(1))),
+            ("max_memory_mib is 95", |c| c.max_memory_mib = Some(95)),
+            ("max_memory_mib is 97", |c| c.max_memory_mib = Some(97)),
             ("vsock.cid is 2", |c| c.vsock.as_mut().unwrap().cid = 2),
         ];
         for (message, change) in cases {

@@ -9,13 +9,18 @@
 #![forbid(unsafe_code)]
 
 mod config;
+mod device;
 mod exit;
 mod message;
 mod vsock;
 
 pub use config::{
-    ConfigError, DiskConfig, FdSlot, MAX_DISKS, MAX_FDS, MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB,
-    ShareConfig, VmConfig, VsockConfig,
+    ConfigError, FdSlot, MAX_DEVICES, MAX_FDS, MAX_MEMORY_MIB, MAX_VCPUS, MEMORY_STEP_MIB,
+    MIN_MEMORY_MIB, VmConfig,
+};
+pub use device::{
+    DiskConfig, MAX_BLOCK_BYTES, MAX_QUEUES, MAX_WINDOW_MIB, NetworkConfig, PmemConfig, RateLimit,
+    ShareConfig, TokenBucket, VsockConfig,
 };
 pub use exit::{CONSOLE_TAIL_BYTES, VmmExit};
 pub use message::{

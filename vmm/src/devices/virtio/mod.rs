@@ -11,6 +11,8 @@ pub mod mmio;
 #[cfg(test)]
 mod mock_driver;
 mod queue;
+#[cfg(test)]
+mod rate_limit;
 pub mod rng;
 pub mod vsock;
 
