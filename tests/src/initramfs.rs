@@ -3,15 +3,24 @@
 //!
 //! Must not resemble the product's guest image: a test's guest is a static busybox and one script.
 
-use anyhow::{Context, Result};
-use std::{fs, path::Path};
+use anyhow::{Context, Result, ensure};
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 const DIRECTORY: u32 = 0o040_755;
 const EXECUTABLE: u32 = 0o100_755;
 const CHARACTER_DEVICE: u32 = 0o020_600;
 
 /// Every script starts so: the shell finds busybox's applets by their names.
-const PROLOGUE: &str = "#!/bin/busybox sh\nexport PATH=/bin\n/bin/busybox --install -s /bin\n";
+const PROLOGUE: &str =
+    "#!/bin/busybox sh\nexport PATH=/usr/sbin:/usr/bin:/bin\n/bin/busybox --install -s /bin\n";
+
+/// Where programs of this machine are.
+const PROGRAM_FOLDERS: [&str; 2] = ["/usr/sbin", "/usr/bin"];
 
 /// An archive that grows entry by entry.
 #[derive(Debug, Default)]
@@ -23,7 +32,32 @@ pub struct Initramfs {
 impl Initramfs {
     /// A guest whose init is this shell script. The console is its standard input and output.
     pub fn script(busybox: &Path, script: &str) -> Result<Vec<u8>> {
+        Self::script_with(busybox, &[], script)
+    }
+
+    /// As [`Initramfs::script`], with these programs of this machine beside busybox: `fio`, `mkfs.ext4`, …, each
+    /// at its place here, and the libraries that they load.
+    pub fn script_with(busybox: &Path, programs: &[&str], script: &str) -> Result<Vec<u8>> {
         let mut initramfs = Self::with_busybox(busybox)?;
+        let mut files = BTreeSet::new();
+        for name in programs {
+            let path = find_program(name)?;
+            files.extend(libraries(&path)?);
+            files.insert(path);
+        }
+        let folders: BTreeSet<&Path> = files
+            .iter()
+            .flat_map(|file| file.ancestors().skip(1))
+            .filter(|folder| *folder != Path::new("/"))
+            .collect();
+        for folder in folders {
+            initramfs.entry(in_archive(folder)?, DIRECTORY, (0, 0), &[])?;
+        }
+        for file in &files {
+            let bytes =
+                fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
+            initramfs.entry(in_archive(file)?, EXECUTABLE, (0, 0), &bytes)?;
+        }
         let text = format!("{PROLOGUE}{script}\n");
         initramfs.entry("init", EXECUTABLE, (0, 0), text.as_bytes())?;
         initramfs.finish()
@@ -90,9 +124,39 @@ impl Initramfs {
     }
 }
 
+fn find_program(name: &str) -> Result<PathBuf> {
+    let places = PROGRAM_FOLDERS.map(|folder| Path::new(folder).join(name));
+    let found = places.into_iter().find(|path| path.is_file());
+    found.with_context(|| format!("no {name} in {PROGRAM_FOLDERS:?}"))
+}
+
+/// The shared libraries and the loader of a program, by `ldd`; none of a static one.
+fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
+    let output = Command::new("ldd").arg(program).output();
+    let output = output.context("cannot run ldd")?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let is_static = String::from_utf8_lossy(&output.stderr).contains("not a dynamic executable");
+    ensure!(output.status.success() || is_static, "ldd: {output:?}");
+    let words = text.split_whitespace();
+    let paths = words.filter(|word| word.starts_with('/') && word.contains(".so"));
+    Ok(paths.map(PathBuf::from).collect())
+}
+
+fn in_archive(path: &Path) -> Result<&str> {
+    let text = path.to_str().context("a path that is not text")?;
+    Ok(text.trim_start_matches('/'))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn programs_come_with_their_libraries() {
+        let found = libraries(&find_program("sh").unwrap()).unwrap();
+        assert!(found.iter().any(|path| path.ends_with("libc.so.6")));
+        assert!(find_program("no-such-program").is_err());
+    }
 
     #[test]
     fn every_entry_starts_at_a_multiple_of_four_bytes() {
