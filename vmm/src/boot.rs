@@ -14,6 +14,7 @@ use crate::{
             balloon::Balloon,
             block::{Block, BlockError, Disk},
             fs::{FileSystem, FsError, PendingShare, ShareServer},
+            net::{NetError, Network},
             rng::Rng,
             vsock::{Vsock, VsockError},
         },
@@ -27,7 +28,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
-use walnut_vmm_api::{DiskConfig, FailureKind, VmConfig};
+use walnut_vmm_api::{DiskConfig, FailureKind, NetworkConfig, VmConfig};
 
 /// Why the VM was not built.
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +45,9 @@ pub enum BootError {
     /// Disks.
     #[error("a disk cannot be attached")]
     Disk(#[from] BlockError),
+    /// Networks.
+    #[error("a network cannot be attached")]
+    Network(#[from] NetError),
     /// The file server.
     #[error("the share cannot be served")]
     Share(#[from] FsError),
@@ -65,9 +69,12 @@ impl BootError {
             Self::Files(_) => FailureKind::Config,
             Self::Image(_) => FailureKind::Image,
             Self::Machine(error) => error.kind(),
-            Self::Disk(_) | Self::Share(_) | Self::Vsock(_) | Self::Jail(_) | Self::Event(_) => {
-                FailureKind::Internal
-            }
+            Self::Disk(_)
+            | Self::Network(_)
+            | Self::Share(_)
+            | Self::Vsock(_)
+            | Self::Jail(_)
+            | Self::Event(_) => FailureKind::Internal,
         }
     }
 }
@@ -99,6 +106,9 @@ pub fn boot(config: &VmConfig, files: &mut Files) -> Result<Booted, BootError> {
     add_share(&mut machine, share)?;
     for disk in &config.disks {
         add_disk(&mut machine, disk, files)?;
+    }
+    for network in &config.networks {
+        add_network(&mut machine, network, files)?;
     }
     Ok(Booted {
         machine: machine.finish(config, loaded)?,
@@ -190,5 +200,16 @@ fn add_disk(
     let file = files.take_file(config.file)?;
     let disk = Disk::new(file, config.read_only, &config.serial)?;
     machine.add_virtio(Box::new(Block::new(disk)))?;
+    Ok(())
+}
+
+fn add_network(
+    machine: &mut Machine,
+    config: &NetworkConfig,
+    files: &mut Files,
+) -> Result<(), BootError> {
+    let taps = config.taps.iter().map(|&slot| files.take(slot));
+    let taps = taps.collect::<Result<Vec<_>, _>>()?;
+    machine.add_virtio(Box::new(Network::new(config, taps)?))?;
     Ok(())
 }

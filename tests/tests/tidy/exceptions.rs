@@ -62,6 +62,11 @@ pub(crate) const EXCEPTIONS: &[Exception] = &[
     ),
     (
         "unsafe",
+        "vmm/src/devices/virtio/net/tap.rs",
+        "reads and writes packets in guest memory, and sets taps up",
+    ),
+    (
+        "unsafe",
         "vmm/src/jail.rs",
         "makes a mount namespace, which is only safe while there is one thread",
     ),

@@ -10,8 +10,8 @@ pub mod fs;
 pub mod mmio;
 #[cfg(test)]
 mod mock_driver;
+pub mod net;
 mod queue;
-#[cfg(test)]
 mod rate_limit;
 pub mod rng;
 pub mod vsock;
