@@ -6,6 +6,7 @@ use crate::{
     command::{End, wait_child},
     deadline::{self, Deadline},
     mounts::BindMount,
+    network::Network,
     programs::Programs,
 };
 use anyhow::{Context, Result, bail, ensure};
@@ -56,6 +57,7 @@ pub struct VmBuilder {
     vsock: bool,
     share: bool,
     disks: Vec<(PathBuf, bool)>,
+    networks: Vec<Network>,
     console: Option<PathBuf>,
 }
 
@@ -91,6 +93,7 @@ impl VmBuilder {
             vsock: false,
             share: false,
             disks: Vec::new(),
+            networks: Vec::new(),
             console: None,
         }
     }
@@ -159,6 +162,13 @@ impl VmBuilder {
         self
     }
 
+    /// Adds a network.
+    #[must_use]
+    pub fn network(mut self, network: Network) -> Self {
+        self.networks.push(network);
+        self
+    }
+
     /// Starts the VMM and sends it this VM; the answer is still to come.
     pub fn start(&self) -> Result<Vm> {
         let vm = Vm::start_bare(&self.vmm)?;
@@ -181,6 +191,10 @@ impl VmBuilder {
             vsock: self.vsock.then(|| vm.listen(&mut fds)).transpose()?,
             share: self.share.then(|| vm.share(&mut fds)).transpose()?,
             disks: self.open_disks(&mut fds)?,
+            networks: (0..)
+                .zip(&self.networks)
+                .map(|(number, network)| network.open(number, &mut |fd| fds.push(fd)))
+                .collect::<Result<_>>()?,
             ..VmConfig::new(kvm, kernel, console)
         };
         vm.send(&Request::Boot(config), &fds.0)?;
