@@ -28,7 +28,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
-use walnut_vmm_api::{DiskConfig, FailureKind, NetworkConfig, VmConfig};
+use walnut_vmm_api::{DiskConfig, FailureKind, FdSlot, NetworkConfig, VmConfig};
 
 /// Why the VM was not built.
 #[derive(Debug, thiserror::Error)]
@@ -208,8 +208,10 @@ fn add_network(
     config: &NetworkConfig,
     files: &mut Files,
 ) -> Result<(), BootError> {
-    let taps = config.taps.iter().map(|&slot| files.take(slot));
-    let taps = taps.collect::<Result<Vec<_>, _>>()?;
-    machine.add_virtio(Box::new(Network::new(config, taps)?))?;
+    let mut take = |slots: &[FdSlot]| -> Result<Vec<_>, ControlError> {
+        slots.iter().map(|&slot| files.take(slot)).collect()
+    };
+    let device = Network::new(config, take(&config.taps)?, take(&config.vhost)?)?;
+    machine.add_virtio(Box::new(device))?;
     Ok(())
 }
