@@ -13,9 +13,10 @@ use crate::{
     },
     bus::{Allocation, Bus, BusDevice, BusError},
     devices::virtio::{
-        VirtioDevice,
+        SharedRegion, VirtioDevice,
         mmio::{QUEUE_NOTIFY, REGISTERS_BYTES, Transport, TransportError},
     },
+    file_mapping::{self, FileMapping},
     memory::{self, MemoryError},
     vcpu::{self, VcpuError, Vcpus},
     vm::{Vm, VmError},
@@ -25,9 +26,9 @@ use std::{
     os::fd::OwnedFd,
     sync::{Arc, Mutex},
 };
-use vm_memory::{Bytes, GuestMemoryError, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryError, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
-use walnut_vmm_api::{FailureKind, VmConfig};
+use walnut_vmm_api::{FailureKind, MEMORY_STEP_MIB, VmConfig};
 
 /// Why a machine cannot be built.
 #[derive(Debug, thiserror::Error)]
@@ -55,6 +56,9 @@ pub enum MachineError {
     /// Addresses and interrupts.
     #[error("cannot put a device on the bus")]
     Bus(#[from] BusError),
+    /// More memory slots than there are numbers.
+    #[error("the VM has too many pieces of memory")]
+    Slots,
     /// The virtio transport.
     #[error("cannot make a virtio device")]
     Transport(#[from] TransportError),
@@ -87,6 +91,8 @@ pub struct Machine {
     vm: Vm,
     memory: GuestMemoryMmap,
     ram_bytes: u64,
+    growth: Option<SharedRegion>,
+    mappings: Vec<FileMapping>,
     bus: Bus,
     virtio: Vec<Allocation>,
 }
@@ -97,6 +103,7 @@ pub struct RunningMachine {
     pub vcpus: Vcpus,
     _vm: Vm,
     _memory: GuestMemoryMmap,
+    _mappings: Vec<FileMapping>,
 }
 
 impl Machine {
@@ -104,20 +111,24 @@ impl Machine {
     pub fn new(kvm: OwnedFd, config: &VmConfig) -> Result<Self, MachineError> {
         let ram_bytes = u64::from(config.memory_mib) << 20;
         let vm = Vm::new(kvm, config.vcpus)?;
-        let memory = memory::allocate(&layout::ram(ram_bytes))?;
+        let mut bus = Bus::new(
+            layout::VIRTIO_MMIO.0,
+            layout::VIRTIO_MMIO_BYTES,
+            layout::device_memory(ram_bytes).0,
+            layout::FIRST_INTERRUPT..=layout::LAST_INTERRUPT,
+        );
+        let growth = allocate_growth(&mut bus, config)?;
+        let mut ranges = layout::ram(ram_bytes);
+        ranges.extend(growth.map(|region| (region.address, region.bytes)));
+        let memory = memory::allocate(&ranges)?;
         vm.add_memory(&memory)?;
-        let interrupts = layout::FIRST_INTERRUPT..=layout::LAST_INTERRUPT;
-        let window = layout::VIRTIO_MMIO.0;
         Ok(Self {
             vm,
             memory,
             ram_bytes,
-            bus: Bus::new(
-                window,
-                layout::VIRTIO_MMIO_BYTES,
-                layout::device_memory(ram_bytes).0,
-                interrupts,
-            ),
+            growth,
+            mappings: Vec::new(),
+            bus,
             virtio: Vec::new(),
         })
     }
@@ -130,6 +141,23 @@ impl Machine {
     /// Bytes of guest RAM.
     pub fn ram_bytes(&self) -> u64 {
         self.ram_bytes
+    }
+
+    /// The part of guest memory that the guest does not have yet, where it may grow.
+    pub fn growth(&self) -> Option<SharedRegion> {
+        self.growth
+    }
+
+    /// Shows a file to the guest, and tells where.
+    pub fn add_mapping(&mut self, mapping: FileMapping) -> Result<SharedRegion, MachineError> {
+        let bytes = mapping.bytes();
+        let base = self.bus.allocate_memory(bytes, file_mapping::ALIGNMENT)?;
+        let address = GuestAddress(base);
+        let slots = self.memory.num_regions() + self.mappings.len();
+        let slot = u32::try_from(slots).map_err(|_| MachineError::Slots)?;
+        self.vm.add_mapping(slot, address, &mapping)?;
+        self.mappings.push(mapping);
+        Ok(SharedRegion { address, bytes })
     }
 
     /// An event that raises `interrupt`.
@@ -195,6 +223,19 @@ impl Machine {
             vcpus: Vcpus::spawn(vcpus, Arc::new(self.bus))?,
             _vm: self.vm,
             _memory: self.memory,
+            _mappings: self.mappings,
         })
     }
+}
+
+/// Where the guest's memory may grow: above RAM, by whole steps.
+fn allocate_growth(bus: &mut Bus, config: &VmConfig) -> Result<Option<SharedRegion>, BusError> {
+    let most = config.max_memory_mib.unwrap_or(config.memory_mib);
+    let bytes = u64::from(most.saturating_sub(config.memory_mib)) << 20;
+    if bytes == 0 {
+        return Ok(None);
+    }
+    let base = bus.allocate_memory(bytes, u64::from(MEMORY_STEP_MIB) << 20)?;
+    let address = GuestAddress(base);
+    Ok(Some(SharedRegion { address, bytes }))
 }

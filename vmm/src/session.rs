@@ -4,11 +4,12 @@
 use crate::{
     control::{Control, ControlError, Incoming},
     event_loop::Poll,
+    resize::{Resize, ResizeError},
     vcpu::{End, Vcpus},
 };
-use std::{io, time::Duration};
+use std::{error::Error, io, time::Duration};
 use vmm_sys_util::{epoll::EventSet, eventfd::EventFd};
-use walnut_vmm_api::{Message, Request, VmmExit};
+use walnut_vmm_api::{FailureKind, Message, Request, Statistics, VmmExit};
 
 const CONTROL: u64 = 0;
 const ENDED: u64 = 1;
@@ -58,7 +59,12 @@ impl From<End> for Outcome {
 }
 
 /// Runs the vCPUs until the VM ends, and stops them all.
-pub fn run(control: &Control, vcpus: &Vcpus, ready: &EventFd) -> Result<Outcome, SessionError> {
+pub fn run(
+    control: &Control,
+    vcpus: &Vcpus,
+    ready: &EventFd,
+    resize: &Resize,
+) -> Result<Outcome, SessionError> {
     let mut poll = Poll::new()?;
     poll.add(control, CONTROL, EventSet::IN)?;
     poll.add(vcpus.ended(), ENDED, EventSet::IN)?;
@@ -68,7 +74,7 @@ pub fn run(control: &Control, vcpus: &Vcpus, ready: &EventFd) -> Result<Outcome,
     loop {
         for (token, _) in poll.wait()? {
             let outcome = match token {
-                CONTROL => serve(control, vcpus)?,
+                CONTROL => serve(control, vcpus, resize)?,
                 ENDED => vcpus.end().map(Outcome::from),
                 _ => announce(control, &poll, ready)?,
             };
@@ -83,16 +89,37 @@ pub fn run(control: &Control, vcpus: &Vcpus, ready: &EventFd) -> Result<Outcome,
 }
 
 /// Answers one request.
-fn serve(control: &Control, vcpus: &Vcpus) -> Result<Option<Outcome>, SessionError> {
-    match control.receive()? {
-        Incoming::Request(Request::Statistics) => {
-            control.send(&Message::Statistics(vcpus.statistics()))?;
-            Ok(None)
-        }
-        Incoming::Request(Request::Boot(_)) => Err(ControlError::SecondBoot.into()),
-        Incoming::Request(Request::Stop) | Incoming::Hangup => Ok(Some(Outcome::ended())),
-        Incoming::Nothing => Ok(None),
-    }
+fn serve(
+    control: &Control,
+    vcpus: &Vcpus,
+    resize: &Resize,
+) -> Result<Option<Outcome>, SessionError> {
+    let answer = match control.receive()? {
+        Incoming::Request(Request::Statistics) => Message::Statistics(Statistics {
+            memory: resize.statistics(),
+            ..vcpus.statistics()
+        }),
+        Incoming::Request(Request::SetBalloon { mib }) => done(resize.set_balloon(mib)),
+        Incoming::Request(Request::SetMemory { mib }) => done(resize.set_memory(mib)),
+        Incoming::Request(Request::Boot(_)) => return Err(ControlError::SecondBoot.into()),
+        Incoming::Request(Request::Stop) | Incoming::Hangup => return Ok(Some(Outcome::ended())),
+        Incoming::Nothing => return Ok(None),
+    };
+    control.send(&answer)?;
+    Ok(None)
+}
+
+/// What the parent is told of a wish about memory.
+fn done(result: Result<(), ResizeError>) -> Message {
+    result.map_or_else(
+        |error| Message::Failed {
+            kind: FailureKind::Config,
+            error: error
+                .source()
+                .map_or(error.to_string(), |source| format!("{error}: {source}")),
+        },
+        |()| Message::Done,
+    )
 }
 
 /// The guest's init listens; said once.

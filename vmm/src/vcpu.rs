@@ -124,6 +124,7 @@ impl Counters {
             io_exits: self.io.load(Ordering::Relaxed),
             mmio_exits: self.mmio.load(Ordering::Relaxed),
             other_exits: self.other.load(Ordering::Relaxed),
+            ..Statistics::default()
         }
     }
 }

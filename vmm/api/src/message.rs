@@ -20,8 +20,20 @@ pub enum Request {
     Boot(VmConfig),
     /// End the VM now. Not answered: the process ends with [`crate::VmmExit::Ended`].
     Stop,
-    /// Answered by [`Message::Statistics`].
+    /// Answered by [`Message::Statistics`]. Also asks the guest for its numbers, which a later answer has.
     Statistics,
+    /// Wish that the guest gives up so much of its memory, at most what it booted with; it does so as it can.
+    /// Answered by [`Message::Done`] or [`Message::Failed`].
+    SetBalloon {
+        /// MiB that the balloon shall hold.
+        mib: u32,
+    },
+    /// Wish that the guest has so much memory, between [`VmConfig::memory_mib`] and [`VmConfig::max_memory_mib`]; it
+    /// takes more at once and gives back as it can. Answered by [`Message::Done`] or [`Message::Failed`].
+    SetMemory {
+        /// MiB of RAM that the guest shall have, differing from what it booted with by a multiple of 2.
+        mib: u32,
+    },
 }
 
 /// From the VMM to the shim.
@@ -34,6 +46,8 @@ pub enum Message {
     GuestReady,
     /// Counters since boot.
     Statistics(Statistics),
+    /// What was asked for is done, or has begun.
+    Done,
     /// The last request failed; after a failed boot the process ends with [`crate::VmmExit::Setup`].
     Failed {
         /// What a program can act on.
@@ -57,7 +71,7 @@ pub enum FailureKind {
     Internal,
 }
 
-/// How often vCPUs came back from `KVM_RUN`, by reason, summed over all vCPUs.
+/// How often vCPUs came back from `KVM_RUN`, by reason, summed over all vCPUs; and what became of guest memory.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Statistics {
     /// Port I/O.
@@ -66,6 +80,44 @@ pub struct Statistics {
     pub mmio_exits: u64,
     /// Everything else.
     pub other_exits: u64,
+    /// Guest memory.
+    #[serde(default)]
+    pub memory: MemoryStatistics,
+}
+
+/// What became of guest memory.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryStatistics {
+    /// Bytes that the guest says its balloon holds.
+    pub balloon_bytes: u64,
+    /// Bytes of RAM that were added since the guest booted, and not removed.
+    pub plugged_bytes: u64,
+    /// What the guest said last about its memory, if it ever did.
+    #[serde(default)]
+    pub guest: Option<GuestMemory>,
+}
+
+/// What a guest says about its memory: nothing here can be relied on.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestMemory {
+    /// Bytes of RAM that it has.
+    pub total_bytes: u64,
+    /// Bytes that are not used for anything.
+    pub free_bytes: u64,
+    /// Bytes that programs could get without swapping.
+    pub available_bytes: u64,
+    /// Bytes of cached files.
+    pub cache_bytes: u64,
+    /// Bytes that came back from swap since it booted.
+    pub swapped_in_bytes: u64,
+    /// Bytes that went to swap since it booted.
+    pub swapped_out_bytes: u64,
+    /// Page faults that needed I/O since it booted.
+    pub major_faults: u64,
+    /// Other page faults since it booted.
+    pub minor_faults: u64,
+    /// Processes that were killed for want of memory since it booted.
+    pub oom_kills: u64,
 }
 
 /// Why a packet is not a message.
@@ -129,7 +181,14 @@ mod tests {
             kind: FailureKind::Kvm,
             error: "no".into(),
         };
-        for message in [Message::Booted, Message::GuestReady, failed] {
+        let statistics = Message::Statistics(Statistics {
+            memory: MemoryStatistics {
+                guest: Some(GuestMemory::default()),
+                ..MemoryStatistics::default()
+            },
+            ..Statistics::default()
+        });
+        for message in [Message::Booted, Message::Done, statistics, failed] {
             let packet = message.encode().unwrap();
             assert_eq!(Message::decode(&packet).unwrap(), message);
         }

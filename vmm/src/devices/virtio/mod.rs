@@ -6,10 +6,13 @@
 
 pub mod balloon;
 pub mod block;
+pub mod console;
 pub mod fs;
+pub mod mem;
 pub mod mmio;
 #[cfg(test)]
 mod mock_driver;
+pub mod pmem;
 mod queue;
 #[cfg(test)]
 mod rate_limit;
