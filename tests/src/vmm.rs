@@ -8,6 +8,7 @@ use crate::{
     command::wait_child,
     deadline::{self, Deadline},
     mounts::BindMount,
+    network::Network,
     programs::Programs,
 };
 use anyhow::{Context, Result, bail, ensure};
@@ -60,6 +61,7 @@ pub struct VmBuilder {
     share: bool,
     disks: Vec<(PathBuf, bool)>,
     pmems: Vec<(PathBuf, bool)>,
+    networks: Vec<Network>,
     console: Option<PathBuf>,
 }
 
@@ -97,6 +99,7 @@ impl VmBuilder {
             share: false,
             disks: Vec::new(),
             pmems: Vec::new(),
+            networks: Vec::new(),
             console: None,
         }
     }
@@ -186,6 +189,13 @@ impl VmBuilder {
         self
     }
 
+    /// Adds a network.
+    #[must_use]
+    pub fn network(mut self, network: Network) -> Self {
+        self.networks.push(network);
+        self
+    }
+
     /// Starts the VMM and sends it this VM; the answer is still to come.
     pub fn start(&self) -> Result<Vm> {
         let vm = Vm::start_bare(&self.vmm)?;
@@ -210,6 +220,10 @@ impl VmBuilder {
             share: self.share.then(|| vm.share(&mut fds)).transpose()?,
             disks: self.open_disks(&mut fds)?,
             pmems: self.open_pmems(&mut fds)?,
+            networks: (0..)
+                .zip(&self.networks)
+                .map(|(number, network)| network.open(number, &mut |fd| fds.push(fd)))
+                .collect::<Result<_>>()?,
             ..VmConfig::new(kvm, kernel, console)
         };
         vm.send(&Request::Boot(config), &fds.0)?;

@@ -17,6 +17,7 @@ use crate::{
             console::Console,
             fs::{FileSystem, FsError, PendingShare, ShareServer},
             mem::{MemoryControl, MemoryDevice},
+            net::{NetError, Network},
             pmem::Pmem,
             rng::Rng,
             vsock::{Vsock, VsockError},
@@ -32,7 +33,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
-use walnut_vmm_api::{DiskConfig, FailureKind, PmemConfig, VmConfig};
+use walnut_vmm_api::{DiskConfig, FailureKind, NetworkConfig, PmemConfig, VmConfig};
 
 /// Why the VM was not built.
 #[derive(Debug, thiserror::Error)]
@@ -49,6 +50,9 @@ pub enum BootError {
     /// Disks.
     #[error("a disk cannot be attached")]
     Disk(#[from] BlockError),
+    /// Networks.
+    #[error("a network cannot be attached")]
+    Network(#[from] NetError),
     /// The file server.
     #[error("the share cannot be served")]
     Share(#[from] FsError),
@@ -118,6 +122,9 @@ pub fn boot(config: &VmConfig, files: &mut Files) -> Result<Booted, BootError> {
     }
     for pmem in &config.pmems {
         add_pmem(&mut machine, pmem, files)?;
+    }
+    for network in &config.networks {
+        add_network(&mut machine, network, files)?;
     }
     Ok(Booted {
         machine: machine.finish(config, loaded)?,
@@ -252,5 +259,16 @@ fn add_pmem(
     let file = files.take_file(config.file)?;
     let region = machine.add_mapping(FileMapping::new(&file, config.read_only)?)?;
     machine.add_virtio(Box::new(Pmem::new(file, region)))?;
+    Ok(())
+}
+
+fn add_network(
+    machine: &mut Machine,
+    config: &NetworkConfig,
+    files: &mut Files,
+) -> Result<(), BootError> {
+    let taps = config.taps.iter().map(|&slot| files.take(slot));
+    let taps = taps.collect::<Result<Vec<_>, _>>()?;
+    machine.add_virtio(Box::new(Network::new(config, taps)?))?;
     Ok(())
 }

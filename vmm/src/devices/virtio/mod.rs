@@ -12,9 +12,9 @@ pub mod mem;
 pub mod mmio;
 #[cfg(test)]
 mod mock_driver;
+pub mod net;
 pub mod pmem;
 mod queue;
-#[cfg(test)]
 mod rate_limit;
 pub mod rng;
 pub mod vsock;
