@@ -54,7 +54,7 @@ pub struct VmBuilder {
     vcpus: u8,
     memory_mib: u32,
     vsock: bool,
-    share: bool,
+    share: Option<fn(&mut ShareConfig)>,
     disks: Vec<(PathBuf, bool)>,
     console: Option<PathBuf>,
 }
@@ -69,7 +69,7 @@ impl VmBuilder {
     pub fn agent(programs: &Programs) -> Self {
         Self {
             vsock: true,
-            share: true,
+            share: Some(|_| {}),
             ..Self::new(programs)
         }
     }
@@ -89,7 +89,7 @@ impl VmBuilder {
             vcpus: 1,
             memory_mib: 128,
             vsock: false,
-            share: false,
+            share: None,
             disks: Vec::new(),
             console: None,
         }
@@ -159,6 +159,13 @@ impl VmBuilder {
         self
     }
 
+    /// Shares a directory, in a way that differs from the usual one.
+    #[must_use]
+    pub fn share(mut self, change: fn(&mut ShareConfig)) -> Self {
+        self.share = Some(change);
+        self
+    }
+
     /// Starts the VMM and sends it this VM; the answer is still to come.
     pub fn start(&self) -> Result<Vm> {
         let vm = Vm::start_bare(&self.vmm)?;
@@ -179,12 +186,21 @@ impl VmBuilder {
             cmdline: self.cmdline.clone(),
             initramfs: Some(fds.open(&self.initramfs, OpenOptions::new().read(true))?),
             vsock: self.vsock.then(|| vm.listen(&mut fds)).transpose()?,
-            share: self.share.then(|| vm.share(&mut fds)).transpose()?,
+            share: self.open_share(&mut vm, &mut fds)?,
             disks: self.open_disks(&mut fds)?,
             ..VmConfig::new(kvm, kernel, console)
         };
         vm.send(&Request::Boot(config), &fds.0)?;
         Ok(vm)
+    }
+
+    fn open_share(&self, vm: &mut Vm, fds: &mut FdArray) -> Result<Option<ShareConfig>> {
+        let Some(change) = self.share else {
+            return Ok(None);
+        };
+        let mut config = vm.share(fds)?;
+        change(&mut config);
+        Ok(Some(config))
     }
 
     fn open_disks(&self, fds: &mut FdArray) -> Result<Vec<DiskConfig>> {

@@ -177,7 +177,8 @@ fn add_share(
     share: Option<(ShareConfig, PendingShare)>,
 ) -> Result<(), BootError> {
     if let Some((share, pending)) = share {
-        let server = pending.after_jail(share.writeback)?;
+        let window = machine.add_window(share.window_mib)?;
+        let server = pending.after_jail(share.writeback, window)?;
         let device = FileSystem::new(&share.tag, server, config.vcpus);
         machine.add_virtio(Box::new(device))?;
     }

@@ -14,3 +14,4 @@ pub mod memory;
 pub mod session;
 pub mod vcpu;
 pub mod vm;
+pub mod window;

@@ -13,21 +13,25 @@ use crate::{
     },
     bus::{Allocation, Bus, BusDevice, BusError},
     devices::virtio::{
-        VirtioDevice,
+        SharedRegion, VirtioDevice,
         mmio::{QUEUE_NOTIFY, REGISTERS_BYTES, Transport, TransportError},
     },
     memory::{self, MemoryError},
     vcpu::{self, VcpuError, Vcpus},
     vm::{Vm, VmError},
+    window::Window,
 };
 use std::{
     io,
     os::fd::OwnedFd,
     sync::{Arc, Mutex},
 };
-use vm_memory::{Bytes, GuestMemoryError, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryError, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use walnut_vmm_api::{FailureKind, VmConfig};
+
+/// What the guest adds device memory in pieces of (`SUBSECTION_SIZE` of Linux).
+const WINDOW_ALIGNMENT: u64 = 2 << 20;
 
 /// Why a machine cannot be built.
 #[derive(Debug, thiserror::Error)]
@@ -55,6 +59,17 @@ pub enum MachineError {
     /// Addresses and interrupts.
     #[error("cannot put a device on the bus")]
     Bus(#[from] BusError),
+    /// More memory slots than there are numbers.
+    #[error("the VM has too many pieces of memory")]
+    Slots,
+    /// A window on files.
+    #[error("cannot reserve addresses for {mib} MiB of shared files")]
+    Window {
+        /// How much.
+        mib: u32,
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// The virtio transport.
     #[error("cannot make a virtio device")]
     Transport(#[from] TransportError),
@@ -87,6 +102,7 @@ pub struct Machine {
     vm: Vm,
     memory: GuestMemoryMmap,
     ram_bytes: u64,
+    windows: Vec<Arc<Window>>,
     bus: Bus,
     virtio: Vec<Allocation>,
 }
@@ -97,6 +113,7 @@ pub struct RunningMachine {
     pub vcpus: Vcpus,
     _vm: Vm,
     _memory: GuestMemoryMmap,
+    _windows: Vec<Arc<Window>>,
 }
 
 impl Machine {
@@ -112,6 +129,7 @@ impl Machine {
             vm,
             memory,
             ram_bytes,
+            windows: Vec::new(),
             bus: Bus::new(
                 window,
                 layout::VIRTIO_MMIO_BYTES,
@@ -130,6 +148,26 @@ impl Machine {
     /// Bytes of guest RAM.
     pub fn ram_bytes(&self) -> u64 {
         self.ram_bytes
+    }
+
+    /// Gives the guest a window of this size, through which a device may show it files; none of 0 MiB.
+    pub fn add_window(&mut self, mib: u32) -> Result<Option<Arc<Window>>, MachineError> {
+        if mib == 0 {
+            return Ok(None);
+        }
+        let bytes = u64::from(mib) << 20;
+        let address = GuestAddress(self.bus.allocate_memory(bytes, WINDOW_ALIGNMENT)?);
+        let window = Window::new(SharedRegion { address, bytes });
+        let window = window.map_err(|source| MachineError::Window {
+            mib,
+            source: source.into(),
+        })?;
+        let slots = self.memory.num_regions() + self.windows.len();
+        let slot = u32::try_from(slots).map_err(|_| MachineError::Slots)?;
+        self.vm.add_window(slot, &window)?;
+        let window = Arc::new(window);
+        self.windows.push(window.clone());
+        Ok(Some(window))
     }
 
     /// An event that raises `interrupt`.
@@ -195,6 +233,7 @@ impl Machine {
             vcpus: Vcpus::spawn(vcpus, Arc::new(self.bus))?,
             _vm: self.vm,
             _memory: self.memory,
+            _windows: self.windows,
         })
     }
 }

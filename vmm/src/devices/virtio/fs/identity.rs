@@ -21,7 +21,7 @@ use std::{
     fs::File,
     io,
     mem::ManuallyDrop,
-    os::fd::{AsFd, AsRawFd, FromRawFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, RawFd},
 };
 
 /// Who the VMM is, where it is nobody else.
@@ -122,4 +122,10 @@ pub(super) fn lend<T>(file: &File, with: impl FnOnce(&mut File) -> T) -> T {
     // SAFETY: the descriptor is open as long as `file` is borrowed, and is not closed here.
     let mut lent = ManuallyDrop::new(unsafe { File::from_raw_fd(file.as_raw_fd()) });
     with(&mut lent)
+}
+
+/// Borrows the descriptor that the message layer passes as a number.
+pub(super) fn borrow(fd: &RawFd) -> BorrowedFd<'_> {
+    // SAFETY: it is that of a file which `setupmapping` keeps open until its call has returned.
+    unsafe { BorrowedFd::borrow_raw(*fd) }
 }

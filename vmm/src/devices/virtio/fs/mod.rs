@@ -13,7 +13,7 @@ mod tree;
 
 pub use self::server::{FsError, PendingShare, ShareServer};
 
-use super::{ActivateError, Activation, DeviceType, VirtioDevice, queue};
+use super::{ActivateError, Activation, DeviceType, SharedRegion, VirtioDevice, queue};
 use crate::event_loop::Worker;
 use std::sync::Arc;
 use vmm_sys_util::eventfd::EventFd;
@@ -27,6 +27,8 @@ const HIGH_PRIORITY_SIZE: u16 = 128;
 const REQUEST_SIZE: u16 = 512;
 /// Bytes of the tag in the configuration space.
 const TAG_BYTES: usize = 36;
+/// The shared memory region that is the DAX window (section 5.11.6.4).
+const WINDOW_ID: u32 = 0;
 /// Tag and `num_request_queues` (section 5.11.4).
 const CONFIG_BYTES: usize = TAG_BYTES + 4;
 
@@ -74,6 +76,11 @@ impl VirtioDevice for FileSystem {
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         super::read_config_space(&self.config, offset, data);
+    }
+
+    fn shared_region(&self, id: u32) -> Option<SharedRegion> {
+        let window = self.server.window().filter(|_| id == WINDOW_ID);
+        window.map(|window| window.region())
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {

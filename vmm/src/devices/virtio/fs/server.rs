@@ -3,21 +3,31 @@
 //! The crate parses and encodes them; those that it does not know yet are here. The directory that is shared is
 //! the root of the VMM's own mount namespace, which is what confines the guest. Must not touch a file.
 
-use super::{identity::prepare_thread, tree::Files};
+use super::{
+    identity::{borrow, prepare_thread},
+    tree::Files,
+};
+use crate::window::{Piece, Window};
 use fuse_backend_rs::{
     abi::fuse_abi::{CreateIn, EntryOut, InHeader, OpenOptions, OpenOut, OutHeader, WriteOut},
+    abi::virtio_fs::{RemovemappingOne, SetupmappingFlags},
     api::{
-        filesystem::Context,
+        filesystem::{Context, FileSystem},
         server::{MAX_BUFFER_SIZE, Server},
     },
-    transport::{Reader, VirtioFsWriter},
+    transport::{FsCacheReqHandler, Reader, VirtioFsWriter},
 };
 use rustix::{
     fs::{CWD, Mode, OFlags, open, openat},
     io::Errno,
     process::{Resource, getrlimit},
 };
-use std::{io, os::fd::OwnedFd, path::PathBuf, sync::Arc};
+use std::{
+    io,
+    os::fd::{OwnedFd, RawFd},
+    path::PathBuf,
+    sync::Arc,
+};
 use virtio_queue::DescriptorChain;
 use vm_memory::GuestMemoryMmap;
 
@@ -56,6 +66,7 @@ pub struct PendingShare {
 pub struct ShareServer {
     server: Server<Arc<Files>>,
     files: Arc<Files>,
+    window: Option<Arc<Window>>,
 }
 
 /// A server on a thread that was made ready for it.
@@ -78,15 +89,30 @@ impl ShareServer {
         Ok(Session(self))
     }
 
-    /// Forgets every file that the guest has opened or looked up.
+    /// Where the guest maps files.
+    pub(super) fn window(&self) -> Option<&Arc<Window>> {
+        self.window.as_ref()
+    }
+
+    /// Forgets every file that the guest has opened, mapped or looked up.
     pub(super) fn forget_all(&self) {
-        fuse_backend_rs::api::filesystem::FileSystem::destroy(&*self.files);
+        FileSystem::destroy(&*self.files);
+        if let Some(window) = &self.window {
+            // Fails for want of memory only, and then the guest still sees what it was shown.
+            let _ = window.clear();
+        }
     }
 }
 
 impl PendingShare {
     /// Opens the root. `writeback` lets the guest keep what it writes to itself for a while.
-    pub fn after_jail(self, writeback: bool) -> Result<ShareServer, FsError> {
+    ///
+    /// `window` is where the guest may map files.
+    pub fn after_jail(
+        self,
+        writeback: bool,
+        window: Option<Arc<Window>>,
+    ) -> Result<ShareServer, FsError> {
         let Self { links, root } = self;
         // No limit is as many as there are.
         let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
@@ -98,7 +124,32 @@ impl PendingShare {
         Ok(ShareServer {
             server: Server::new(files.clone()),
             files,
+            window,
         })
+    }
+}
+
+/// Carries mappings from the messages to the window.
+struct Mapper(Arc<Window>);
+
+impl FsCacheReqHandler for Mapper {
+    fn map(&mut self, offset: u64, at: u64, bytes: u64, flags: u64, fd: RawFd) -> io::Result<()> {
+        let writable = flags & SetupmappingFlags::WRITE.bits() != 0;
+        let piece = Piece { at, bytes };
+        Ok(self.0.map(piece, borrow(&fd), offset, writable)?)
+    }
+
+    fn unmap(&mut self, requests: Vec<RemovemappingOne>) -> io::Result<()> {
+        for RemovemappingOne { moffset: at, len } in requests {
+            // The whole window, in the words of virtiofsd.
+            let bytes = if len == u64::MAX {
+                self.0.region().bytes
+            } else {
+                len
+            };
+            self.0.unmap(Piece { at, bytes })?;
+        }
+        Ok(())
     }
 }
 
@@ -128,10 +179,12 @@ impl Session<'_> {
                 self.answer_extension(&header, request, answer)
             }
             _ => {
-                let written = self
-                    .0
-                    .server
-                    .handle_message(request, answer.into(), None, None);
+                let mut mapper = self.0.window.clone().map(Mapper);
+                let mapper = mapper
+                    .as_mut()
+                    .map(|mapper| mapper as &mut dyn FsCacheReqHandler);
+                let server = &self.0.server;
+                let written = server.handle_message(request, answer.into(), mapper, None);
                 written.map_err(io::Error::other)
             }
         };

@@ -31,7 +31,7 @@ impl Client {
     fn start(event_idx: bool) -> Self {
         let share = TempDir::new().unwrap();
         let pending = ShareServer::before_jail(share.path().to_str().unwrap()).unwrap();
-        let server = pending.after_jail(false).unwrap();
+        let server = pending.after_jail(false, None).unwrap();
         let mut device = FileSystem::new("walnut", server, 1);
         let (driver, activation) = Driver::new(&[128, 512], event_idx);
         device.activate(activation).unwrap();
