@@ -58,7 +58,7 @@ pub struct VmBuilder {
     memory_mib: u32,
     max_memory_mib: Option<u32>,
     vsock: bool,
-    share: bool,
+    share: Option<fn(&mut ShareConfig)>,
     disks: Vec<(PathBuf, bool)>,
     pmems: Vec<(PathBuf, bool)>,
     networks: Vec<Network>,
@@ -75,7 +75,7 @@ impl VmBuilder {
     pub fn agent(programs: &Programs) -> Self {
         Self {
             vsock: true,
-            share: true,
+            share: Some(|_| {}),
             ..Self::new(programs)
         }
     }
@@ -96,7 +96,7 @@ impl VmBuilder {
             memory_mib: 128,
             max_memory_mib: None,
             vsock: false,
-            share: false,
+            share: None,
             disks: Vec::new(),
             pmems: Vec::new(),
             networks: Vec::new(),
@@ -196,6 +196,13 @@ impl VmBuilder {
         self
     }
 
+    /// Shares a directory, in a way that differs from the usual one.
+    #[must_use]
+    pub fn share(mut self, change: fn(&mut ShareConfig)) -> Self {
+        self.share = Some(change);
+        self
+    }
+
     /// Starts the VMM and sends it this VM; the answer is still to come.
     pub fn start(&self) -> Result<Vm> {
         let vm = Vm::start_bare(&self.vmm)?;
@@ -217,7 +224,7 @@ impl VmBuilder {
             cmdline: self.cmdline.clone(),
             initramfs: Some(fds.open(&self.initramfs, OpenOptions::new().read(true))?),
             vsock: self.vsock.then(|| vm.listen(&mut fds)).transpose()?,
-            share: self.share.then(|| vm.share(&mut fds)).transpose()?,
+            share: self.open_share(&mut vm, &mut fds)?,
             disks: self.open_disks(&mut fds)?,
             pmems: self.open_pmems(&mut fds)?,
             networks: (0..)
@@ -228,6 +235,15 @@ impl VmBuilder {
         };
         vm.send(&Request::Boot(config), &fds.0)?;
         Ok(vm)
+    }
+
+    fn open_share(&self, vm: &mut Vm, fds: &mut FdArray) -> Result<Option<ShareConfig>> {
+        let Some(change) = self.share else {
+            return Ok(None);
+        };
+        let mut config = vm.share(fds)?;
+        change(&mut config);
+        Ok(Some(config))
     }
 
     fn open_disks(&self, fds: &mut FdArray) -> Result<Vec<DiskConfig>> {

@@ -33,7 +33,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
-use walnut_vmm_api::{DiskConfig, FailureKind, NetworkConfig, PmemConfig, VmConfig};
+use walnut_vmm_api::{DiskConfig, FailureKind, NetworkConfig, PmemConfig, ShareConfig, VmConfig};
 
 /// Why the VM was not built.
 #[derive(Debug, thiserror::Error)]
@@ -116,7 +116,7 @@ pub fn boot(config: &VmConfig, files: &mut Files) -> Result<Booted, BootError> {
     };
     add_console(&mut machine, config, &console)?;
     add_vsock(&mut machine, config, files, &ready)?;
-    add_share(&mut machine, share)?;
+    add_share(&mut machine, config, share)?;
     for disk in &config.disks {
         add_disk(&mut machine, disk, files)?;
     }
@@ -198,12 +198,12 @@ fn add_reset(machine: &mut Machine) -> Result<(), BootError> {
 }
 
 /// What the file server needs of the host's root, before that is out of reach.
-fn prepare_share(config: &VmConfig) -> Result<Option<(String, PendingShare)>, BootError> {
+fn prepare_share(config: &VmConfig) -> Result<Option<(ShareConfig, PendingShare)>, BootError> {
     let Some(share) = &config.share else {
         return Ok(None);
     };
     // The path is that of the jail, where the share is the root.
-    Ok(Some((share.tag.clone(), ShareServer::before_jail("/")?)))
+    Ok(Some((share.clone(), ShareServer::before_jail("/")?)))
 }
 
 fn enter_jail(config: &VmConfig, files: &mut Files) -> Result<(), BootError> {
@@ -231,10 +231,13 @@ fn add_vsock(
 
 fn add_share(
     machine: &mut Machine,
-    share: Option<(String, PendingShare)>,
+    config: &VmConfig,
+    share: Option<(ShareConfig, PendingShare)>,
 ) -> Result<(), BootError> {
-    if let Some((tag, pending)) = share {
-        let device = FileSystem::new(&tag, pending.after_jail()?);
+    if let Some((share, pending)) = share {
+        let window = machine.add_window(share.window_mib)?;
+        let server = pending.after_jail(share.writeback, window)?;
+        let device = FileSystem::new(&share.tag, server, config.vcpus);
         machine.add_virtio(Box::new(device))?;
     }
     Ok(())

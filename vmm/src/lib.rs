@@ -16,3 +16,4 @@ pub mod resize;
 pub mod session;
 pub mod vcpu;
 pub mod vm;
+pub mod window;

@@ -20,6 +20,7 @@ use crate::{
     memory::{self, MemoryError},
     vcpu::{self, VcpuError, Vcpus},
     vm::{Vm, VmError},
+    window::Window,
 };
 use std::{
     io,
@@ -29,6 +30,9 @@ use std::{
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryError, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use walnut_vmm_api::{FailureKind, MEMORY_STEP_MIB, VmConfig};
+
+/// What the guest adds device memory in pieces of (`SUBSECTION_SIZE` of Linux).
+const WINDOW_ALIGNMENT: u64 = 2 << 20;
 
 /// Why a machine cannot be built.
 #[derive(Debug, thiserror::Error)]
@@ -59,6 +63,14 @@ pub enum MachineError {
     /// More memory slots than there are numbers.
     #[error("the VM has too many pieces of memory")]
     Slots,
+    /// A window on files.
+    #[error("cannot reserve addresses for {mib} MiB of shared files")]
+    Window {
+        /// How much.
+        mib: u32,
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// The virtio transport.
     #[error("cannot make a virtio device")]
     Transport(#[from] TransportError),
@@ -93,6 +105,7 @@ pub struct Machine {
     ram_bytes: u64,
     growth: Option<SharedRegion>,
     mappings: Vec<FileMapping>,
+    windows: Vec<Arc<Window>>,
     bus: Bus,
     virtio: Vec<Allocation>,
 }
@@ -104,6 +117,7 @@ pub struct RunningMachine {
     _vm: Vm,
     _memory: GuestMemoryMmap,
     _mappings: Vec<FileMapping>,
+    _windows: Vec<Arc<Window>>,
 }
 
 impl Machine {
@@ -128,6 +142,7 @@ impl Machine {
             ram_bytes,
             growth,
             mappings: Vec::new(),
+            windows: Vec::new(),
             bus,
             virtio: Vec::new(),
         })
@@ -153,11 +168,35 @@ impl Machine {
         let bytes = mapping.bytes();
         let base = self.bus.allocate_memory(bytes, file_mapping::ALIGNMENT)?;
         let address = GuestAddress(base);
-        let slots = self.memory.num_regions() + self.mappings.len();
-        let slot = u32::try_from(slots).map_err(|_| MachineError::Slots)?;
+        let slot = self.next_slot()?;
         self.vm.add_mapping(slot, address, &mapping)?;
         self.mappings.push(mapping);
         Ok(SharedRegion { address, bytes })
+    }
+
+    /// Gives the guest a window of this size, through which a device may show it files; none of 0 MiB.
+    pub fn add_window(&mut self, mib: u32) -> Result<Option<Arc<Window>>, MachineError> {
+        if mib == 0 {
+            return Ok(None);
+        }
+        let bytes = u64::from(mib) << 20;
+        let address = GuestAddress(self.bus.allocate_memory(bytes, WINDOW_ALIGNMENT)?);
+        let window = Window::new(SharedRegion { address, bytes });
+        let window = window.map_err(|source| MachineError::Window {
+            mib,
+            source: source.into(),
+        })?;
+        let slot = self.next_slot()?;
+        self.vm.add_window(slot, &window)?;
+        let window = Arc::new(window);
+        self.windows.push(window.clone());
+        Ok(Some(window))
+    }
+
+    /// The first memory slot that holds nothing.
+    fn next_slot(&self) -> Result<u32, MachineError> {
+        let used = self.memory.num_regions() + self.mappings.len() + self.windows.len();
+        u32::try_from(used).map_err(|_| MachineError::Slots)
     }
 
     /// An event that raises `interrupt`.
@@ -224,6 +263,7 @@ impl Machine {
             _vm: self.vm,
             _memory: self.memory,
             _mappings: self.mappings,
+            _windows: self.windows,
         })
     }
 }

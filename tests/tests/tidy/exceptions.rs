@@ -62,6 +62,11 @@ pub(crate) const EXCEPTIONS: &[Exception] = &[
     ),
     (
         "unsafe",
+        "vmm/src/devices/virtio/fs/identity.rs",
+        "gives a thread a working directory of its own, and lends descriptors",
+    ),
+    (
+        "unsafe",
         "vmm/src/devices/virtio/mock_driver.rs",
         "test code: borrows the descriptor of an EventFd",
     ),
@@ -99,6 +104,11 @@ pub(crate) const EXCEPTIONS: &[Exception] = &[
         "unsafe",
         "xtask/src/check/guest.rs",
         "gives memory to the KVM that it probes",
+    ),
+    (
+        "unsafe",
+        "vmm/src/window.rs",
+        "maps files where the guest sees them",
     ),
     (
         "global-state",
