@@ -19,7 +19,8 @@ use crate::{
         },
     },
     jail::{self, JailError, Root},
-    machine::{Machine, MachineError, RunningMachine},
+    machine::{Machine, MachineError},
+    running::RunningMachine,
 };
 use std::{
     fs::File,
@@ -97,8 +98,8 @@ pub fn boot(config: &VmConfig, files: &mut Files) -> Result<Booted, BootError> {
     machine.add_virtio(Box::new(Balloon::new()))?;
     add_vsock(&mut machine, config, files, &ready)?;
     add_share(&mut machine, share)?;
-    for disk in &config.disks {
-        add_disk(&mut machine, disk, files)?;
+    for config in &config.disks {
+        machine.add_virtio(Box::new(disk(config, files)?))?;
     }
     Ok(Booted {
         machine: machine.finish(config, loaded)?,
@@ -182,13 +183,9 @@ fn add_share(
     Ok(())
 }
 
-fn add_disk(
-    machine: &mut Machine,
-    config: &DiskConfig,
-    files: &mut Files,
-) -> Result<(), BootError> {
+/// A disk, for [`boot`] or a running machine.
+pub fn disk(config: &DiskConfig, files: &mut Files) -> Result<Block, BootError> {
     let file = files.take_file(config.file)?;
     let disk = Disk::new(file, config.read_only, &config.serial)?;
-    machine.add_virtio(Box::new(Block::new(disk)))?;
-    Ok(())
+    Ok(Block::new(disk))
 }
