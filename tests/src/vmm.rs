@@ -55,6 +55,7 @@ pub struct VmBuilder {
     cmdline: String,
     kvm: PathBuf,
     vcpus: u8,
+    max_vcpus: Option<u8>,
     memory_mib: u32,
     max_memory_mib: Option<u32>,
     vsock: bool,
@@ -93,6 +94,7 @@ impl VmBuilder {
             cmdline: CMDLINE.to_owned(),
             kvm: "/dev/kvm".into(),
             vcpus: 1,
+            max_vcpus: None,
             memory_mib: 128,
             max_memory_mib: None,
             vsock: false,
@@ -116,6 +118,13 @@ impl VmBuilder {
     #[must_use]
     pub fn vcpus(mut self, vcpus: u8) -> Self {
         self.vcpus = vcpus;
+        self
+    }
+
+    /// Sets the number of vCPUs that it may grow to.
+    #[must_use]
+    pub fn max_vcpus(mut self, vcpus: u8) -> Self {
+        self.max_vcpus = Some(vcpus);
         self
     }
 
@@ -219,6 +228,7 @@ impl VmBuilder {
         )?;
         let config = VmConfig {
             vcpus: self.vcpus,
+            max_vcpus: self.max_vcpus,
             memory_mib: self.memory_mib,
             max_memory_mib: self.max_memory_mib,
             cmdline: self.cmdline.clone(),
@@ -374,6 +384,19 @@ impl Vm {
     /// Sends one request.
     pub fn ask(&mut self, request: &Request) -> Result<()> {
         self.send(request, &[])
+    }
+
+    /// Sends one request with these files, and gives its answer.
+    pub fn answer(&mut self, request: &Request, fds: &[OwnedFd]) -> Result<Message> {
+        self.send(request, fds)?;
+        let deadline = Deadline::after(deadline::REQUEST);
+        loop {
+            match self.receive(deadline)? {
+                Some(Message::Booted | Message::GuestReady) => {}
+                Some(message) => return Ok(message),
+                None => bail!("the VMM ended instead of an answer to {request:?}"),
+            }
+        }
     }
 
     fn send(&mut self, request: &Request, fds: &[OwnedFd]) -> Result<()> {

@@ -25,8 +25,9 @@ use crate::{
     },
     file_mapping::{FileMapping, MappingError},
     jail::{self, JailError, Root},
-    machine::{Machine, MachineError, RunningMachine},
+    machine::{Machine, MachineError},
     resize::Resize,
+    running::RunningMachine,
 };
 use std::{
     io,
@@ -117,14 +118,14 @@ pub fn boot(config: &VmConfig, files: &mut Files) -> Result<Booted, BootError> {
     add_console(&mut machine, config, &console)?;
     add_vsock(&mut machine, config, files, &ready)?;
     add_share(&mut machine, config, share)?;
-    for disk in &config.disks {
-        add_disk(&mut machine, disk, files)?;
+    for config in &config.disks {
+        machine.add_virtio(Box::new(disk(config, files)?))?;
     }
     for pmem in &config.pmems {
         add_pmem(&mut machine, pmem, files)?;
     }
-    for network in &config.networks {
-        add_network(&mut machine, network, files)?;
+    for config in &config.networks {
+        machine.add_virtio(Box::new(network(config, files)?))?;
     }
     Ok(Booted {
         machine: machine.finish(config, loaded)?,
@@ -243,15 +244,11 @@ fn add_share(
     Ok(())
 }
 
-fn add_disk(
-    machine: &mut Machine,
-    config: &DiskConfig,
-    files: &mut Files,
-) -> Result<(), BootError> {
+/// A disk, for [`boot`] or a running machine.
+pub fn disk(config: &DiskConfig, files: &mut Files) -> Result<Block, BootError> {
     let file = files.take_file(config.file)?;
     let disk = Disk::new(file, config.read_only, &config.serial)?;
-    machine.add_virtio(Box::new(Block::new(disk)))?;
-    Ok(())
+    Ok(Block::new(disk))
 }
 
 fn add_pmem(
@@ -265,13 +262,9 @@ fn add_pmem(
     Ok(())
 }
 
-fn add_network(
-    machine: &mut Machine,
-    config: &NetworkConfig,
-    files: &mut Files,
-) -> Result<(), BootError> {
+/// A network interface, for [`boot`] or a running machine.
+pub fn network(config: &NetworkConfig, files: &mut Files) -> Result<Network, BootError> {
     let taps = config.taps.iter().map(|&slot| files.take(slot));
     let taps = taps.collect::<Result<Vec<_>, _>>()?;
-    machine.add_virtio(Box::new(Network::new(config, taps)?))?;
-    Ok(())
+    Ok(Network::new(config, taps)?)
 }

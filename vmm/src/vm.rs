@@ -166,11 +166,22 @@ impl Vm {
             .map_err(failed("KVM_IRQFD"))
     }
 
+    /// Writing `event` no longer raises `interrupt`; that it never did is well too.
+    pub fn detach_interrupt(&self, event: &EventFd, interrupt: u32) {
+        let _ = self.fd.unregister_irqfd(event, interrupt);
+    }
+
     /// When the guest writes `value` (32 bits) to `address`, `event` becomes readable, without an exit to here.
     pub fn attach_kick(&self, event: &EventFd, address: u64, value: u32) -> Result<(), VmError> {
         self.fd
             .register_ioevent(event, &IoEventAddress::Mmio(address), value)
             .map_err(failed("KVM_IOEVENTFD"))
+    }
+
+    /// The end of [`Vm::attach_kick`]; that there was none is well too.
+    pub fn detach_kick(&self, event: &EventFd, address: u64, value: u32) {
+        let address = IoEventAddress::Mmio(address);
+        let _ = self.fd.unregister_ioevent(event, &address, value);
     }
 
     /// What vCPUs of this host can do.

@@ -341,7 +341,8 @@ impl Transport {
         Some(queues)
     }
 
-    fn reset(&mut self) {
+    /// Stops the device and forgets what the driver set up, as the driver can ask for too.
+    pub fn reset(&mut self) {
         self.device.reset();
         for slot in &mut self.slots {
             // Kicks of the time before the reset mean nothing after it. An error says that there were none.
