@@ -34,7 +34,9 @@ use std::{
     sync::{Arc, Mutex},
 };
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
-use walnut_vmm_api::{DiskConfig, FailureKind, NetworkConfig, PmemConfig, ShareConfig, VmConfig};
+use walnut_vmm_api::{
+    DiskConfig, FailureKind, FdSlot, NetworkConfig, PmemConfig, ShareConfig, VmConfig,
+};
 
 /// Why the VM was not built.
 #[derive(Debug, thiserror::Error)]
@@ -264,7 +266,9 @@ fn add_pmem(
 
 /// A network interface, for [`boot`] or a running machine.
 pub fn network(config: &NetworkConfig, files: &mut Files) -> Result<Network, BootError> {
-    let taps = config.taps.iter().map(|&slot| files.take(slot));
-    let taps = taps.collect::<Result<Vec<_>, _>>()?;
-    Ok(Network::new(config, taps)?)
+    let mut take = |slots: &[FdSlot]| -> Result<Vec<_>, ControlError> {
+        slots.iter().map(|&slot| files.take(slot)).collect()
+    };
+    let (taps, vhost) = (take(&config.taps)?, take(&config.vhost)?);
+    Ok(Network::new(config, taps, vhost)?)
 }

@@ -82,6 +82,11 @@ pub(crate) const EXCEPTIONS: &[Exception] = &[
     ),
     (
         "unsafe",
+        "vmm/src/devices/virtio/net/vhost.rs",
+        "hands queues and guest memory to the host's kernel",
+    ),
+    (
+        "unsafe",
         "vmm/src/jail.rs",
         "makes a mount namespace, which is only safe while there is one thread",
     ),

@@ -169,7 +169,7 @@ impl Transport {
                 Some(SlotState::Active) => 1,
                 None => 0,
             },
-            0x60 => self.interrupt.interrupt_status.load(Ordering::SeqCst),
+            0x60 => self.interrupt.status(),
             0x70 => self.status(),
             0xb0..=0xbc => self.read_region(offset),
             0xfc => self.interrupt.config_generation.load(Ordering::SeqCst),
@@ -357,6 +357,7 @@ impl Transport {
         self.driver_features_word = 0;
         self.driver_features = 0;
         self.interrupt.interrupt_status.store(0, Ordering::SeqCst);
+        self.interrupt.standing_status.store(0, Ordering::SeqCst);
         self.interrupt.device_status.store(0, Ordering::SeqCst);
     }
 }

@@ -1,7 +1,7 @@
-//! Network device (virtio 1.3, section 5.1): a tap of the host, one thread for each pair of queues.
+//! Network device (virtio 1.3, section 5.1): a tap of the host, one thread for each pair of queues, or vhost-net.
 //!
 //! Layers, each knowing those below: `worker` (a thread: epoll), `receive` and `transmit` (the two directions of a
-//! pair), `link` (what pairs share), `tap` (system calls), `ring` (a queue), and without any I/O `control`, `packet`
+//! pair), `link` (what pairs share), `tap` and `vhost` (system calls), `ring` (a queue), and without any I/O `control`, `packet`
 //! (bytes to packets) and `features` (bits to the host's offloads). Must not open a tap: it arrives as files.
 
 mod control;
@@ -14,6 +14,7 @@ mod tap;
 #[cfg(test)]
 mod tests;
 mod transmit;
+mod vhost;
 mod worker;
 
 use self::{
@@ -23,6 +24,7 @@ use self::{
     ring::Ring,
     tap::Tap,
     transmit::Transmitter,
+    vhost::Backend,
     worker::Pair,
 };
 use super::{ActivateError, Activation, ActiveQueue, DeviceType, VirtioDevice, queue};
@@ -34,7 +36,7 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 use walnut_vmm_api::NetworkConfig;
 
-pub use self::tap::TapError;
+pub use self::{tap::TapError, vhost::VhostError};
 
 const DATA_QUEUE_SIZE: u16 = 256;
 const CONTROL_QUEUE_SIZE: u16 = 64;
@@ -56,9 +58,14 @@ pub enum NetError {
     /// A timer.
     #[error("cannot limit the rate of a network")]
     Rate(#[source] io::Error),
-    /// The host's kernel cannot be asked to move the packets.
-    #[error("network.vhost has {0} files, but this VMM moves packets itself")]
-    Vhost(usize),
+    /// The host's kernel will not move the packets.
+    #[error("file {index} of network.vhost cannot be used as vhost-net")]
+    Vhost {
+        /// Which one.
+        index: usize,
+        /// Why not.
+        source: VhostError,
+    },
 }
 
 /// What a half of a pair needs before it goes on.
@@ -85,24 +92,35 @@ pub struct Network {
 }
 
 impl Network {
-    /// A device with a pair of queues for each of these files, which the configuration's `taps` name.
-    pub fn new(config: &NetworkConfig, files: Vec<OwnedFd>) -> Result<Self, NetError> {
-        if !config.vhost.is_empty() {
-            return Err(NetError::Vhost(config.vhost.len()));
-        }
-        let several = files.len() > 1;
+    /// A device with a pair of queues for each of these files, which `taps` and `vhost` of the configuration name.
+    pub fn new(
+        config: &NetworkConfig,
+        tap_files: Vec<OwnedFd>,
+        vhost_files: Vec<OwnedFd>,
+    ) -> Result<Self, NetError> {
+        let several = tap_files.len() > 1;
         let mut taps = Vec::new();
-        for (index, file) in files.into_iter().enumerate() {
+        for (index, file) in tap_files.into_iter().enumerate() {
             let tap = Tap::new(file, several).map_err(|source| NetError::Tap { index, source })?;
             taps.push(tap);
         }
-        Self::with_taps(config, taps)
+        let mut backends = Vec::new();
+        for (index, file) in vhost_files.into_iter().enumerate() {
+            let backend = Backend::new(file);
+            backends.push(backend.map_err(|source| NetError::Vhost { index, source })?);
+        }
+        Self::with_taps(config, taps, backends)
     }
 
-    fn with_taps(config: &NetworkConfig, taps: Vec<Tap>) -> Result<Self, NetError> {
+    fn with_taps(
+        config: &NetworkConfig,
+        taps: Vec<Tap>,
+        backends: Vec<Backend>,
+    ) -> Result<Self, NetError> {
         let receive_rate = Rate::new(config.receive_rate).map_err(NetError::Rate)?;
         let transmit_rate = Rate::new(config.transmit_rate).map_err(NetError::Rate)?;
-        let link = Link::new(taps, receive_rate, transmit_rate).map_err(NetError::Queues)?;
+        let link = Link::new(taps, backends, receive_rate, transmit_rate);
+        let link = link.map_err(NetError::Queues)?;
         // A host that cannot segment UDP refuses this, and nothing changes.
         let uso = link.set_offloads(features::TUN_CSUM | features::TUN_USO);
         // What was possible before is possible again.
@@ -236,8 +254,14 @@ impl VirtioDevice for Network {
                 continue;
             }
             wakes.push(receive.kick.try_clone().map_err(ActivateError::Thread)?);
-            self.spawn_pair(index, [receive, transmit], &activation)
-                .map_err(ActivateError::Thread)?;
+            let started = if self.link.has_backends() {
+                let queues = [&receive, &transmit];
+                let started = self.link.start_backend(index, queues, &activation);
+                started.map_err(io::Error::other)
+            } else {
+                self.spawn_pair(index, [receive, transmit], &activation)
+            };
+            started.map_err(ActivateError::Thread)?;
         }
         if wakes.is_empty() {
             return Err(ActivateError::MissingQueue { index: 0 });
@@ -256,5 +280,13 @@ impl VirtioDevice for Network {
 
     fn reset(&mut self) {
         self.threads.clear();
+        self.link.stop_backends();
+    }
+}
+
+impl Drop for Network {
+    /// Guest memory may go after the device.
+    fn drop(&mut self) {
+        self.reset();
     }
 }
