@@ -12,7 +12,7 @@ use crate::{
         serial::SerialPort,
         virtio::{
             balloon::Balloon,
-            block::{Block, BlockError, Disk},
+            block::{Block, BlockError},
             fs::{FileSystem, FsError, PendingShare, ShareServer},
             rng::Rng,
             vsock::{Vsock, VsockError},
@@ -188,7 +188,6 @@ fn add_disk(
     files: &mut Files,
 ) -> Result<(), BootError> {
     let file = files.take_file(config.file)?;
-    let disk = Disk::new(file, config.read_only, &config.serial)?;
-    machine.add_virtio(Box::new(Block::new(disk)))?;
+    machine.add_virtio(Box::new(Block::new(file, config)?))?;
     Ok(())
 }

@@ -11,7 +11,6 @@ pub mod mmio;
 #[cfg(test)]
 mod mock_driver;
 mod queue;
-#[cfg(test)]
 mod rate_limit;
 pub mod rng;
 pub mod vsock;
@@ -187,6 +186,7 @@ pub trait VirtioDevice: Send {
     /// Starts the device's thread.
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
 
-    /// Stops the device's thread, waits for its end and forgets the queues.
+    /// Stops the device's threads, waits for their end and forgets the queues: none of the driver's memory is
+    /// touched afterwards. A vCPU waits in it, so what a device has begun and cannot take back must be bounded.
     fn reset(&mut self);
 }
