@@ -60,7 +60,7 @@ pub struct VmBuilder {
     max_memory_mib: Option<u32>,
     vsock: bool,
     share: Option<fn(&mut ShareConfig)>,
-    disks: Vec<(PathBuf, bool)>,
+    disks: Vec<(PathBuf, DiskConfig)>,
     pmems: Vec<(PathBuf, bool)>,
     networks: Vec<Network>,
     console: Option<PathBuf>,
@@ -186,15 +186,23 @@ impl VmBuilder {
 
     /// Adds a disk that the guest may only read.
     #[must_use]
-    pub fn read_only_disk(mut self, file: &Path) -> Self {
-        self.disks.push((file.to_owned(), true));
-        self
+    pub fn read_only_disk(self, file: &Path) -> Self {
+        self.disk(file, |config| config.read_only = true)
     }
 
     /// Adds a disk that the guest may read and write.
     #[must_use]
-    pub fn writable_disk(mut self, file: &Path) -> Self {
-        self.disks.push((file.to_owned(), false));
+    pub fn writable_disk(self, file: &Path) -> Self {
+        self.disk(file, |_| {})
+    }
+
+    /// Adds a disk: one that the guest may read and write, with one queue and no limits, but for what `change` says.
+    #[must_use]
+    pub fn disk(mut self, file: &Path, change: impl FnOnce(&mut DiskConfig)) -> Self {
+        let serial = format!("disk{}", self.disks.len());
+        let mut config = DiskConfig::new(FdSlot(0), false, &serial);
+        change(&mut config);
+        self.disks.push((file.to_owned(), config));
         self
     }
 
@@ -258,10 +266,13 @@ impl VmBuilder {
 
     fn open_disks(&self, fds: &mut FdArray) -> Result<Vec<DiskConfig>> {
         let mut disks = Vec::new();
-        for (index, (path, read_only)) in self.disks.iter().enumerate() {
-            let file = fds.open(path, OpenOptions::new().read(true).write(!read_only))?;
-            let serial = format!("disk{index}");
-            disks.push(DiskConfig::new(file, *read_only, &serial));
+        for (path, config) in &self.disks {
+            let write = !config.read_only;
+            let file = fds.open(path, OpenOptions::new().read(true).write(write))?;
+            disks.push(DiskConfig {
+                file,
+                ..config.clone()
+            });
         }
         Ok(disks)
     }

@@ -39,13 +39,13 @@ fn wait_for_rss(vm: &Vm, mib: u32, most_mib: u64) -> Result<u64> {
 }
 
 fn done(vm: &mut Vm, request: &Request) -> Result<()> {
-    let answer = vm.answer(request)?;
+    let answer = vm.answer(request, &[])?;
     ensure!(answer == Message::Done, "{request:?}: {answer:?}");
     Ok(())
 }
 
 fn refused(vm: &mut Vm, request: &Request, why: &str) -> Result<()> {
-    match vm.answer(request)? {
+    match vm.answer(request, &[])? {
         Message::Failed { kind, error } if kind == FailureKind::Config && error.contains(why) => {
             Ok(())
         }

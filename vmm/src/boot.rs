@@ -13,7 +13,7 @@ use crate::{
         serial::SerialPort,
         virtio::{
             balloon::{Balloon, BalloonControl, BalloonError},
-            block::{Block, BlockError, Disk},
+            block::{Block, BlockError},
             console::Console,
             fs::{FileSystem, FsError, PendingShare, ShareServer},
             mem::{MemoryControl, MemoryDevice},
@@ -249,8 +249,7 @@ fn add_share(
 /// A disk, for [`boot`] or a running machine.
 pub fn disk(config: &DiskConfig, files: &mut Files) -> Result<Block, BootError> {
     let file = files.take_file(config.file)?;
-    let disk = Disk::new(file, config.read_only, &config.serial)?;
-    Ok(Block::new(disk))
+    Ok(Block::new(file, config)?)
 }
 
 fn add_pmem(

@@ -67,6 +67,16 @@ pub(crate) const EXCEPTIONS: &[Exception] = &[
     ),
     (
         "unsafe",
+        "vmm/src/devices/virtio/block/disk.rs",
+        "tells a block device of the host to discard, which no safe wrapper does",
+    ),
+    (
+        "unsafe",
+        "vmm/src/devices/virtio/block/ring.rs",
+        "hands guest memory to io_uring, and keeps it until the kernel is done with it",
+    ),
+    (
+        "unsafe",
         "vmm/src/devices/virtio/mock_driver.rs",
         "test code: borrows the descriptor of an EventFd",
     ),
