@@ -274,6 +274,7 @@ mod tests {
             paused: false,
             memory_mib: u32::MAX,
             vcpus: vec![most; crate::MAX_VCPUS.into()],
+            ..Statistics::default()
         };
         assert!(Message::Statistics(statistics).encode().is_ok());
     }
