@@ -6,11 +6,14 @@
 
 pub mod balloon;
 pub mod block;
+pub mod console;
 pub mod fs;
+pub mod mem;
 pub mod mmio;
 #[cfg(test)]
 mod mock_driver;
 pub mod net;
+pub mod pmem;
 mod queue;
 mod rate_limit;
 pub mod rng;
@@ -202,6 +205,7 @@ pub trait VirtioDevice: Send {
     /// Starts the device's thread.
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
 
-    /// Stops the device's thread, waits for its end and forgets the queues.
+    /// Stops the device's threads, waits for their end and forgets the queues: none of the driver's memory is
+    /// touched afterwards. A vCPU waits in it, so what a device has begun and cannot take back must be bounded.
     fn reset(&mut self);
 }
