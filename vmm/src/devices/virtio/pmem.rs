@@ -2,8 +2,9 @@
 //! keeps a copy of it beside the host's page cache. The guest's stores reach the file by themselves; this
 //! device only answers its flushes.
 //!
-//! A file that is truncated while it is mapped ends the VM at the guest's next access to what is gone: KVM
-//! cannot fault the page in, and this process never touches the mapping. Must not map anything.
+//! A file that is truncated while it is mapped takes memory away that the guest believes to have. A vCPU that
+//! touches it stands still: KVM can neither fault the page in nor give up, as the page might only be late, until
+//! the VM is stopped. This process never touches the mapping. Must not map anything.
 
 use super::{ActivateError, Activation, DeviceType, SharedRegion, VirtioDevice, queue};
 use crate::event_loop::Worker;
