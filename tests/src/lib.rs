@@ -14,6 +14,7 @@ pub mod initramfs;
 pub mod leak;
 pub mod memory;
 pub mod mounts;
+pub mod network;
 pub mod node;
 pub mod processes;
 pub mod programs;

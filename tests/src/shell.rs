@@ -93,21 +93,9 @@ impl ShellGuest {
 }
 
 impl Vm {
-    /// Asks the VMM for something, and gives its answer.
-    pub fn answer(&mut self, request: &Request) -> Result<Message> {
-        self.ask(request)?;
-        loop {
-            match self.receive(Deadline::after(deadline::REQUEST))? {
-                Some(Message::Booted | Message::GuestReady) => {}
-                Some(message) => return Ok(message),
-                None => bail!("the VMM ended instead of answering {request:?}"),
-            }
-        }
-    }
-
     /// The VMM's statistics.
     pub fn statistics(&mut self) -> Result<Statistics> {
-        match self.answer(&Request::Statistics)? {
+        match self.answer(&Request::Statistics, &[])? {
             Message::Statistics(statistics) => Ok(statistics),
             other => bail!("no statistics, but {other:?}"),
         }
@@ -122,7 +110,7 @@ impl Vm {
         let mut last = None;
         deadline::until(what, Deadline::after(deadline::BOOT), || {
             let statistics = self.statistics()?;
-            last = Some(statistics);
+            last = Some(statistics.clone());
             Ok(expected(&statistics).then_some(statistics))
         })
         .with_context(|| format!("last: {last:?}"))

@@ -8,6 +8,7 @@ use crate::{
     command::wait_child,
     deadline::{self, Deadline},
     mounts::BindMount,
+    network::Network,
     programs::Programs,
 };
 use anyhow::{Context, Result, bail, ensure};
@@ -54,12 +55,14 @@ pub struct VmBuilder {
     cmdline: String,
     kvm: PathBuf,
     vcpus: u8,
+    max_vcpus: Option<u8>,
     memory_mib: u32,
     max_memory_mib: Option<u32>,
     vsock: bool,
-    share: bool,
-    disks: Vec<(PathBuf, bool)>,
+    share: Option<fn(&mut ShareConfig)>,
+    disks: Vec<(PathBuf, DiskConfig)>,
     pmems: Vec<(PathBuf, bool)>,
+    networks: Vec<Network>,
     console: Option<PathBuf>,
 }
 
@@ -73,7 +76,7 @@ impl VmBuilder {
     pub fn agent(programs: &Programs) -> Self {
         Self {
             vsock: true,
-            share: true,
+            share: Some(|_| {}),
             ..Self::new(programs)
         }
     }
@@ -91,12 +94,14 @@ impl VmBuilder {
             cmdline: CMDLINE.to_owned(),
             kvm: "/dev/kvm".into(),
             vcpus: 1,
+            max_vcpus: None,
             memory_mib: 128,
             max_memory_mib: None,
             vsock: false,
-            share: false,
+            share: None,
             disks: Vec::new(),
             pmems: Vec::new(),
+            networks: Vec::new(),
             console: None,
         }
     }
@@ -113,6 +118,13 @@ impl VmBuilder {
     #[must_use]
     pub fn vcpus(mut self, vcpus: u8) -> Self {
         self.vcpus = vcpus;
+        self
+    }
+
+    /// Sets the number of vCPUs that it may grow to.
+    #[must_use]
+    pub fn max_vcpus(mut self, vcpus: u8) -> Self {
+        self.max_vcpus = Some(vcpus);
         self
     }
 
@@ -174,15 +186,37 @@ impl VmBuilder {
 
     /// Adds a disk that the guest may only read.
     #[must_use]
-    pub fn read_only_disk(mut self, file: &Path) -> Self {
-        self.disks.push((file.to_owned(), true));
-        self
+    pub fn read_only_disk(self, file: &Path) -> Self {
+        self.disk(file, |config| config.read_only = true)
     }
 
     /// Adds a disk that the guest may read and write.
     #[must_use]
-    pub fn writable_disk(mut self, file: &Path) -> Self {
-        self.disks.push((file.to_owned(), false));
+    pub fn writable_disk(self, file: &Path) -> Self {
+        self.disk(file, |_| {})
+    }
+
+    /// Adds a disk: one that the guest may read and write, with one queue and no limits, but for what `change` says.
+    #[must_use]
+    pub fn disk(mut self, file: &Path, change: impl FnOnce(&mut DiskConfig)) -> Self {
+        let serial = format!("disk{}", self.disks.len());
+        let mut config = DiskConfig::new(FdSlot(0), false, &serial);
+        change(&mut config);
+        self.disks.push((file.to_owned(), config));
+        self
+    }
+
+    /// Adds a network.
+    #[must_use]
+    pub fn network(mut self, network: Network) -> Self {
+        self.networks.push(network);
+        self
+    }
+
+    /// Shares a directory, in a way that differs from the usual one.
+    #[must_use]
+    pub fn share(mut self, change: fn(&mut ShareConfig)) -> Self {
+        self.share = Some(change);
         self
     }
 
@@ -202,26 +236,43 @@ impl VmBuilder {
         )?;
         let config = VmConfig {
             vcpus: self.vcpus,
+            max_vcpus: self.max_vcpus,
             memory_mib: self.memory_mib,
             max_memory_mib: self.max_memory_mib,
             cmdline: self.cmdline.clone(),
             initramfs: Some(fds.open(&self.initramfs, OpenOptions::new().read(true))?),
             vsock: self.vsock.then(|| vm.listen(&mut fds)).transpose()?,
-            share: self.share.then(|| vm.share(&mut fds)).transpose()?,
+            share: self.open_share(&mut vm, &mut fds)?,
             disks: self.open_disks(&mut fds)?,
             pmems: self.open_pmems(&mut fds)?,
+            networks: (0..)
+                .zip(&self.networks)
+                .map(|(number, network)| network.open(number, &mut |fd| fds.push(fd)))
+                .collect::<Result<_>>()?,
             ..VmConfig::new(kvm, kernel, console)
         };
         vm.send(&Request::Boot(config), &fds.0)?;
         Ok(vm)
     }
 
+    fn open_share(&self, vm: &mut Vm, fds: &mut FdArray) -> Result<Option<ShareConfig>> {
+        let Some(change) = self.share else {
+            return Ok(None);
+        };
+        let mut config = vm.share(fds)?;
+        change(&mut config);
+        Ok(Some(config))
+    }
+
     fn open_disks(&self, fds: &mut FdArray) -> Result<Vec<DiskConfig>> {
         let mut disks = Vec::new();
-        for (index, (path, read_only)) in self.disks.iter().enumerate() {
-            let file = fds.open(path, OpenOptions::new().read(true).write(!read_only))?;
-            let serial = format!("disk{index}");
-            disks.push(DiskConfig::new(file, *read_only, &serial));
+        for (path, config) in &self.disks {
+            let write = !config.read_only;
+            let file = fds.open(path, OpenOptions::new().read(true).write(write))?;
+            disks.push(DiskConfig {
+                file,
+                ..config.clone()
+            });
         }
         Ok(disks)
     }
@@ -344,6 +395,19 @@ impl Vm {
     /// Sends one request.
     pub fn ask(&mut self, request: &Request) -> Result<()> {
         self.send(request, &[])
+    }
+
+    /// Sends one request with these files, and gives its answer.
+    pub fn answer(&mut self, request: &Request, fds: &[OwnedFd]) -> Result<Message> {
+        self.send(request, fds)?;
+        let deadline = Deadline::after(deadline::REQUEST);
+        loop {
+            match self.receive(deadline)? {
+                Some(Message::Booted | Message::GuestReady) => {}
+                Some(message) => return Ok(message),
+                None => bail!("the VMM ended instead of an answer to {request:?}"),
+            }
+        }
     }
 
     fn send(&mut self, request: &Request, fds: &[OwnedFd]) -> Result<()> {

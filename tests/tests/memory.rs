@@ -42,13 +42,13 @@ fn wait_for_rss(vm: &Vm, mib: u32, most_mib: u64) -> Result<u64> {
 }
 
 fn done(vm: &mut Vm, request: &Request) -> Result<()> {
-    let answer = vm.answer(request)?;
+    let answer = vm.answer(request, &[])?;
     ensure!(answer == Message::Done, "{request:?}: {answer:?}");
     Ok(())
 }
 
 fn refused(vm: &mut Vm, request: &Request, why: &str) -> Result<()> {
-    match vm.answer(request)? {
+    match vm.answer(request, &[])? {
         Message::Failed { kind, error } if kind == FailureKind::Config && error.contains(why) => {
             Ok(())
         }
@@ -162,7 +162,15 @@ fn impossible_balloons(guest: &mut ShellGuest) -> Result<()> {
         "larger than the 256 MiB",
     )?;
     refused(vm, &Request::SetBalloon { mib: u32::MAX }, "larger than")?;
-    refused(vm, &Request::SetMemory { mib: 512 }, "max_memory_mib")
+    refused(vm, &resize_to(512), "max_memory_mib")
+}
+
+/// A wish for so much RAM.
+fn resize_to(mib: u32) -> Request {
+    Request::Resize {
+        vcpus: None,
+        memory_mib: Some(mib),
+    }
 }
 
 fn free_pages_are_given_back(guest: &mut ShellGuest) -> Result<()> {
@@ -192,9 +200,7 @@ fn a_guest_grows_uses_its_new_memory_and_shrinks() -> Result<()> {
             .writable_disk(&disk)
     })?;
     let before = guest.number(TOTAL)?;
-    let request = Request::SetMemory {
-        mib: BOOT_MIB + 256,
-    };
+    let request = resize_to(BOOT_MIB + 256);
     done(&mut guest.vm, &request)?;
     guest.vm.statistics_until("256 MiB more", |seen| {
         seen.memory.plugged_bytes == 256 * MIB
@@ -208,15 +214,9 @@ fn a_guest_grows_uses_its_new_memory_and_shrinks() -> Result<()> {
     use_new_memory(&mut guest, &disk)?;
 
     for mib in [BOOT_MIB + 386, BOOT_MIB - 2] {
-        refused(
-            &mut guest.vm,
-            &Request::SetMemory { mib },
-            "it may have 128 to 512",
-        )?;
+        refused(&mut guest.vm, &resize_to(mib), "it may have 128 to 512")?;
     }
-    let most = Request::SetMemory {
-        mib: BOOT_MIB + 384,
-    };
+    let most = resize_to(BOOT_MIB + 384);
     done(&mut guest.vm, &most)?;
     guest.vm.statistics_until("all there may be", |seen| {
         seen.memory.plugged_bytes == 384 * MIB
@@ -224,7 +224,7 @@ fn a_guest_grows_uses_its_new_memory_and_shrinks() -> Result<()> {
 
     guest.run("rm /tmp/*; echo 3 > /proc/sys/vm/drop_caches")?;
     let rss = rss_mib(&guest.vm, BOOT_MIB)?;
-    done(&mut guest.vm, &Request::SetMemory { mib: BOOT_MIB })?;
+    done(&mut guest.vm, &resize_to(BOOT_MIB))?;
     // What the kernel keeps in the new memory stays plugged.
     let seen = guest.vm.statistics_until("nearly all of it back", |seen| {
         seen.memory.plugged_bytes <= 64 * MIB
@@ -414,7 +414,7 @@ fn the_virtio_console_prints_everything_with_fewer_exits() -> Result<()> {
         let early = text.contains("Linux version");
         ensure!(early == (console == "ttyS0"), "{console}: {text}");
         ensure!(text.contains("Run /init"), "{console}: {text}");
-        exits.push(seen.io_exits + seen.mmio_exits + seen.other_exits);
+        exits.push(seen.exits().io + seen.exits().mmio + seen.exits().other);
         vm.ask(&Request::Stop)?;
         vm.wait()?.ends_with(VmmExit::Ended)?;
     }

@@ -13,10 +13,11 @@ use crate::{
         serial::SerialPort,
         virtio::{
             balloon::{Balloon, BalloonControl, BalloonError},
-            block::{Block, BlockError, Disk},
+            block::{Block, BlockError},
             console::Console,
             fs::{FileSystem, FsError, PendingShare, ShareServer},
             mem::{MemoryControl, MemoryDevice},
+            net::{NetError, Network},
             pmem::Pmem,
             rng::Rng,
             vsock::{Vsock, VsockError},
@@ -24,15 +25,18 @@ use crate::{
     },
     file_mapping::{FileMapping, MappingError},
     jail::{self, JailError, Root},
-    machine::{Machine, MachineError, RunningMachine},
+    machine::{Machine, MachineError},
     resize::Resize,
+    running::RunningMachine,
 };
 use std::{
     io,
     sync::{Arc, Mutex},
 };
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
-use walnut_vmm_api::{DiskConfig, FailureKind, PmemConfig, VmConfig};
+use walnut_vmm_api::{
+    DiskConfig, FailureKind, FdSlot, NetworkConfig, PmemConfig, ShareConfig, VmConfig,
+};
 
 /// Why the VM was not built.
 #[derive(Debug, thiserror::Error)]
@@ -49,6 +53,9 @@ pub enum BootError {
     /// Disks.
     #[error("a disk cannot be attached")]
     Disk(#[from] BlockError),
+    /// Networks.
+    #[error("a network cannot be attached")]
+    Network(#[from] NetError),
     /// The file server.
     #[error("the share cannot be served")]
     Share(#[from] FsError),
@@ -112,12 +119,15 @@ pub fn boot(config: &VmConfig, files: &mut Files) -> Result<Booted, BootError> {
     };
     add_console(&mut machine, config, &console)?;
     add_vsock(&mut machine, config, files, &ready)?;
-    add_share(&mut machine, share)?;
-    for disk in &config.disks {
-        add_disk(&mut machine, disk, files)?;
+    add_share(&mut machine, config, share)?;
+    for config in &config.disks {
+        machine.add_virtio(Box::new(disk(config, files)?))?;
     }
     for pmem in &config.pmems {
         add_pmem(&mut machine, pmem, files)?;
+    }
+    for config in &config.networks {
+        machine.add_virtio(Box::new(network(config, files)?))?;
     }
     Ok(Booted {
         machine: machine.finish(config, loaded)?,
@@ -191,12 +201,12 @@ fn add_reset(machine: &mut Machine) -> Result<(), BootError> {
 }
 
 /// What the file server needs of the host's root, before that is out of reach.
-fn prepare_share(config: &VmConfig) -> Result<Option<(String, PendingShare)>, BootError> {
+fn prepare_share(config: &VmConfig) -> Result<Option<(ShareConfig, PendingShare)>, BootError> {
     let Some(share) = &config.share else {
         return Ok(None);
     };
     // The path is that of the jail, where the share is the root.
-    Ok(Some((share.tag.clone(), ShareServer::before_jail("/")?)))
+    Ok(Some((share.clone(), ShareServer::before_jail("/")?)))
 }
 
 fn enter_jail(config: &VmConfig, files: &mut Files) -> Result<(), BootError> {
@@ -224,24 +234,22 @@ fn add_vsock(
 
 fn add_share(
     machine: &mut Machine,
-    share: Option<(String, PendingShare)>,
+    config: &VmConfig,
+    share: Option<(ShareConfig, PendingShare)>,
 ) -> Result<(), BootError> {
-    if let Some((tag, pending)) = share {
-        let device = FileSystem::new(&tag, pending.after_jail()?);
+    if let Some((share, pending)) = share {
+        let window = machine.add_window(share.window_mib)?;
+        let server = pending.after_jail(share.writeback, window)?;
+        let device = FileSystem::new(&share.tag, server, config.vcpus);
         machine.add_virtio(Box::new(device))?;
     }
     Ok(())
 }
 
-fn add_disk(
-    machine: &mut Machine,
-    config: &DiskConfig,
-    files: &mut Files,
-) -> Result<(), BootError> {
+/// A disk, for [`boot`] or a running machine.
+pub fn disk(config: &DiskConfig, files: &mut Files) -> Result<Block, BootError> {
     let file = files.take_file(config.file)?;
-    let disk = Disk::new(file, config.read_only, &config.serial)?;
-    machine.add_virtio(Box::new(Block::new(disk)))?;
-    Ok(())
+    Ok(Block::new(file, config)?)
 }
 
 fn add_pmem(
@@ -253,4 +261,13 @@ fn add_pmem(
     let region = machine.add_mapping(FileMapping::new(&file, config.read_only)?)?;
     machine.add_virtio(Box::new(Pmem::new(file, region)))?;
     Ok(())
+}
+
+/// A network interface, for [`boot`] or a running machine.
+pub fn network(config: &NetworkConfig, files: &mut Files) -> Result<Network, BootError> {
+    let mut take = |slots: &[FdSlot]| -> Result<Vec<_>, ControlError> {
+        slots.iter().map(|&slot| files.take(slot)).collect()
+    };
+    let (taps, vhost) = (take(&config.taps)?, take(&config.vhost)?);
+    Ok(Network::new(config, taps, vhost)?)
 }

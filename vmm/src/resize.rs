@@ -6,7 +6,7 @@ use crate::devices::virtio::{
     balloon::{BalloonControl, BalloonError},
     mem::{MemoryControl, MemoryControlError},
 };
-use walnut_vmm_api::MemoryStatistics;
+use walnut_vmm_api::{FailureKind, MemoryStatistics};
 
 /// Why the guest's memory stays as it is.
 #[derive(Debug, thiserror::Error)]
@@ -22,6 +22,16 @@ pub enum ResizeError {
         "this VM's memory cannot grow: its configuration has no max_memory_mib above memory_mib"
     )]
     Fixed,
+}
+
+impl ResizeError {
+    /// What a program can act on.
+    pub fn kind(&self) -> FailureKind {
+        match self {
+            Self::Balloon(_) | Self::Memory(_) => FailureKind::Config,
+            Self::Fixed => FailureKind::Unsupported,
+        }
+    }
 }
 
 /// The hands on the guest's memory.

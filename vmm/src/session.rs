@@ -1,13 +1,15 @@
 //! The VM's life from its first instruction to its end: waits for the parent, the vCPUs and the guest's init
-//! at once, and says how it all ended. Must not know any device.
+//! at once, does what the parent asks, and says how it all ended. Must not know any device.
 
 use crate::{
-    control::{Control, ControlError, Incoming},
+    attach::{self, AttachError},
+    control::{Control, ControlError, Files, Incoming, failure},
     event_loop::Poll,
     resize::{Resize, ResizeError},
-    vcpu::{End, Vcpus},
+    running::{RunningError, RunningMachine},
+    vcpu::End,
 };
-use std::{error::Error, io, time::Duration};
+use std::{io, time::Duration};
 use vmm_sys_util::{epoll::EventSet, eventfd::EventFd};
 use walnut_vmm_api::{FailureKind, Message, Request, Statistics, VmmExit};
 
@@ -61,27 +63,28 @@ impl From<End> for Outcome {
 /// Runs the vCPUs until the VM ends, and stops them all.
 pub fn run(
     control: &Control,
-    vcpus: &Vcpus,
+    machine: &mut RunningMachine,
     ready: &EventFd,
     resize: &Resize,
 ) -> Result<Outcome, SessionError> {
     let mut poll = Poll::new()?;
     poll.add(control, CONTROL, EventSet::IN)?;
-    poll.add(vcpus.ended(), ENDED, EventSet::IN)?;
+    poll.add(machine.vcpus.ended(), ENDED, EventSet::IN)?;
     poll.add(ready, READY, EventSet::IN)?;
-    vcpus.run();
+    machine.vcpus.run();
     control.send(&Message::Booted)?;
     loop {
         for (token, _) in poll.wait()? {
             let outcome = match token {
-                CONTROL => serve(control, vcpus, resize)?,
-                ENDED => vcpus.end().map(Outcome::from),
+                CONTROL => serve(control, machine, resize)?,
+                ENDED => machine.vcpus.end().map(Outcome::from),
                 _ => announce(control, &poll, ready)?,
             };
             if let Some(outcome) = outcome {
                 let ended = usize::from(token == ENDED);
                 // One that does not stop cannot keep the process from ending.
-                let _ = vcpus.stop(vcpus.count() - ended, STOP_DEADLINE);
+                let left = machine.vcpus.count() - ended;
+                let _ = machine.vcpus.stop(left, STOP_DEADLINE);
                 return Ok(outcome);
             }
         }
@@ -91,35 +94,82 @@ pub fn run(
 /// Answers one request.
 fn serve(
     control: &Control,
-    vcpus: &Vcpus,
+    machine: &mut RunningMachine,
     resize: &Resize,
 ) -> Result<Option<Outcome>, SessionError> {
     let answer = match control.receive()? {
-        Incoming::Request(Request::Statistics) => Message::Statistics(Statistics {
-            memory: resize.statistics(),
-            ..vcpus.statistics()
-        }),
-        Incoming::Request(Request::SetBalloon { mib }) => done(resize.set_balloon(mib)),
-        Incoming::Request(Request::SetMemory { mib }) => done(resize.set_memory(mib)),
-        Incoming::Request(Request::Boot(_)) => return Err(ControlError::SecondBoot.into()),
-        Incoming::Request(Request::Stop) | Incoming::Hangup => return Ok(Some(Outcome::ended())),
+        Incoming::Request(Request::Boot(_), _) => return Err(ControlError::SecondBoot.into()),
+        Incoming::Request(Request::Stop, _) | Incoming::Hangup => {
+            return Ok(Some(Outcome::ended()));
+        }
         Incoming::Nothing => return Ok(None),
+        Incoming::Request(request, files) => answer(request, files, machine, resize),
     };
     control.send(&answer)?;
     Ok(None)
 }
 
-/// What the parent is told of a wish about memory.
-fn done(result: Result<(), ResizeError>) -> Message {
-    result.map_or_else(
-        |error| Message::Failed {
-            kind: FailureKind::Config,
-            error: error
-                .source()
-                .map_or(error.to_string(), |source| format!("{error}: {source}")),
-        },
-        |()| Message::Done,
-    )
+/// Does what a request asks. Files that it didn't need are closed with `files`.
+fn answer(
+    request: Request,
+    mut files: Files,
+    machine: &mut RunningMachine,
+    resize: &Resize,
+) -> Message {
+    match request {
+        Request::Statistics => Message::Statistics(Statistics {
+            memory: resize.statistics(),
+            ..machine.statistics()
+        }),
+        Request::Pause => done(machine.pause()),
+        Request::Resume => done(machine.resume()),
+        Request::SetBalloon { mib } => done_to_memory(resize.set_balloon(mib)),
+        Request::PowerButton => {
+            machine.press_power_button();
+            Message::Done
+        }
+        Request::AttachDisk(config) => attached(attach::disk(machine, &config, &mut files)),
+        Request::AttachNetwork(config) => attached(attach::network(machine, &config, &mut files)),
+        Request::Detach { name } => done(machine.detach(&name)),
+        Request::Resize { vcpus, memory_mib } => change_size(machine, resize, vcpus, memory_mib),
+        // `serve` has looked for them.
+        Request::Boot(_) | Request::Stop => failure(FailureKind::State, &ControlError::SecondBoot),
+    }
+}
+
+fn done(result: Result<(), RunningError>) -> Message {
+    match result {
+        Ok(()) => Message::Done,
+        Err(error) => failure(error.kind(), &error),
+    }
+}
+
+fn done_to_memory(result: Result<(), ResizeError>) -> Message {
+    match result {
+        Ok(()) => Message::Done,
+        Err(error) => failure(error.kind(), &error),
+    }
+}
+
+/// Memory first: it is refused without an effect.
+fn change_size(
+    machine: &mut RunningMachine,
+    resize: &Resize,
+    vcpus: Option<u8>,
+    memory_mib: Option<u32>,
+) -> Message {
+    let memory = memory_mib.map_or(Ok(()), |mib| resize.set_memory(mib));
+    match (memory, vcpus) {
+        (Ok(()), Some(vcpus)) => done(machine.set_vcpus(vcpus)),
+        (memory, _) => done_to_memory(memory),
+    }
+}
+
+fn attached(result: Result<String, AttachError>) -> Message {
+    match result {
+        Ok(name) => Message::Attached { name },
+        Err(error) => failure(error.kind(), &error),
+    }
 }
 
 /// The guest's init listens; said once.

@@ -24,7 +24,7 @@ pub use device::{
 };
 pub use exit::{CONSOLE_TAIL_BYTES, VmmExit};
 pub use message::{
-    CONTROL_FD, FailureKind, GuestMemory, MAX_MESSAGE_BYTES, MemoryStatistics, Message,
+    CONTROL_FD, Exits, FailureKind, GuestMemory, MAX_MESSAGE_BYTES, MemoryStatistics, Message,
     MessageError, Request, Statistics,
 };
 pub use vsock::{

@@ -3,7 +3,7 @@
 //! One packet is one JSON value. Requests are answered in order; [`Message::GuestReady`] comes when it
 //! comes. Must not do I/O: encoding and decoding work on byte slices.
 
-use crate::VmConfig;
+use crate::{DiskConfig, NetworkConfig, VmConfig};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 /// Where the VMM finds its end of the control socket.
@@ -20,18 +20,41 @@ pub enum Request {
     Boot(VmConfig),
     /// End the VM now. Not answered: the process ends with [`crate::VmmExit::Ended`].
     Stop,
-    /// Answered by [`Message::Statistics`]. Also asks the guest for its numbers, which a later answer has.
+    /// Answered by [`Message::Statistics`], also while the VM is paused. Also asks the guest for its numbers, which a
+    /// later answer has.
     Statistics,
+    /// Let no vCPU execute until [`Request::Resume`]. Devices finish what the guest asked of them. Answered by
+    /// [`Message::Done`] once all vCPUs stand still; [`FailureKind::State`] when they do already.
+    Pause,
+    /// The end of a pause. Answered by [`Message::Done`]; [`FailureKind::State`] when the VM runs already.
+    Resume,
+    /// Press the power button. Answered by [`Message::Done`]; what comes of it is the guest's decision.
+    PowerButton,
+    /// Attach a disk; carries its file, whose slot is its place in this packet. Answered by
+    /// [`Message::Attached`]; [`FailureKind::Full`] when no place for a device is free.
+    AttachDisk(DiskConfig),
+    /// Attach a network interface, as [`Request::AttachDisk`].
+    AttachNetwork(NetworkConfig),
+    /// Remove what was attached under this name, at once: the guest's driver has let go of it before. Answered by
+    /// [`Message::Done`]; [`FailureKind::NotFound`] when nothing has this name.
+    Detach {
+        /// As [`Message::Attached`] said.
+        name: String,
+    },
+    /// Change the size of the VM. Answered by [`Message::Done`] once the guest has been told.
+    Resize {
+        /// vCPUs from now on: not fewer than there are, and at most [`VmConfig::max_vcpus`].
+        #[serde(default)]
+        vcpus: Option<u8>,
+        /// MiB of RAM that the guest shall have, between [`VmConfig::memory_mib`] and [`VmConfig::max_memory_mib`], and
+        /// more than the former by a multiple of 2; it takes more at once and gives back as it can.
+        #[serde(default)]
+        memory_mib: Option<u32>,
+    },
     /// Wish that the guest gives up so much of its memory, at most what it booted with; it does so as it can.
-    /// Answered by [`Message::Done`] or [`Message::Failed`].
+    /// Answered by [`Message::Done`].
     SetBalloon {
         /// MiB that the balloon shall hold.
-        mib: u32,
-    },
-    /// Wish that the guest has so much memory, between [`VmConfig::memory_mib`] and [`VmConfig::max_memory_mib`]; it
-    /// takes more at once and gives back as it can. Answered by [`Message::Done`] or [`Message::Failed`].
-    SetMemory {
-        /// MiB of RAM that the guest shall have, differing from what it booted with by a multiple of 2.
         mib: u32,
     },
 }
@@ -44,10 +67,16 @@ pub enum Message {
     Booted,
     /// The guest's init listens; sent once, when the guest first asks to connect to [`crate::READY_PORT`].
     GuestReady,
+    /// The request was carried out, and there is nothing to say about it.
+    Done,
+    /// The device is there. The guest finds it under `/sys/bus/acpi/devices` by its `path`, which is
+    /// `\\_SB_.HOTP.` and this name.
+    Attached {
+        /// Four characters, for [`Request::Detach`].
+        name: String,
+    },
     /// Counters since boot.
     Statistics(Statistics),
-    /// What was asked for is done, or has begun.
-    Done,
     /// The last request failed; after a failed boot the process ends with [`crate::VmmExit::Setup`].
     Failed {
         /// What a program can act on.
@@ -67,22 +96,54 @@ pub enum FailureKind {
     Image,
     /// KVM is missing or refuses.
     Kvm,
+    /// The VM is not in the state that the request wants.
+    State,
+    /// Nothing has this name.
+    NotFound,
+    /// This VM cannot do this.
+    Unsupported,
+    /// There is no room for more.
+    Full,
     /// Anything else: memory, jail, devices.
     Internal,
 }
 
-/// How often vCPUs came back from `KVM_RUN`, by reason, summed over all vCPUs; and what became of guest memory.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// What the VM did since boot, and how it stands. Its packet has room for [`crate::MAX_VCPUS`].
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Statistics {
-    /// Port I/O.
-    pub io_exits: u64,
-    /// Memory-mapped I/O.
-    pub mmio_exits: u64,
-    /// Everything else.
-    pub other_exits: u64,
-    /// Guest memory.
+    /// Whether the VM is paused.
+    pub paused: bool,
+    /// MiB of RAM that the guest booted with.
+    pub memory_mib: u32,
+    /// How often each vCPU came back from `KVM_RUN`, by its number.
+    pub vcpus: Vec<Exits>,
+    /// What became of guest memory.
     #[serde(default)]
     pub memory: MemoryStatistics,
+}
+
+impl Statistics {
+    /// The exits of all vCPUs.
+    pub fn exits(&self) -> Exits {
+        let mut sum = Exits::default();
+        for vcpu in &self.vcpus {
+            sum.io = sum.io.wrapping_add(vcpu.io);
+            sum.mmio = sum.mmio.wrapping_add(vcpu.mmio);
+            sum.other = sum.other.wrapping_add(vcpu.other);
+        }
+        sum
+    }
+}
+
+/// How often a vCPU came back from `KVM_RUN`, by reason.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exits {
+    /// Port I/O.
+    pub io: u64,
+    /// Memory-mapped I/O.
+    pub mmio: u64,
+    /// Everything else.
+    pub other: u64,
 }
 
 /// What became of guest memory.
@@ -192,8 +253,30 @@ mod tests {
             let packet = message.encode().unwrap();
             assert_eq!(Message::decode(&packet).unwrap(), message);
         }
-        let packet = Request::Statistics.encode().unwrap();
-        assert_eq!(Request::decode(&packet).unwrap(), Request::Statistics);
+        let resize = Request::Resize {
+            vcpus: Some(3),
+            memory_mib: None,
+        };
+        for request in [Request::Statistics, Request::Pause, resize] {
+            let packet = request.encode().unwrap();
+            assert_eq!(Request::decode(&packet).unwrap(), request);
+        }
+    }
+
+    #[test]
+    fn the_largest_statistics_fit_a_packet() {
+        let most = Exits {
+            io: u64::MAX,
+            mmio: u64::MAX,
+            other: u64::MAX,
+        };
+        let statistics = Statistics {
+            paused: false,
+            memory_mib: u32::MAX,
+            vcpus: vec![most; crate::MAX_VCPUS.into()],
+            ..Statistics::default()
+        };
+        assert!(Message::Statistics(statistics).encode().is_ok());
     }
 
     #[test]
