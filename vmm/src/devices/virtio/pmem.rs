@@ -62,17 +62,12 @@ impl VirtioDevice for Pmem {
         super::read_config_space(&fields.map(u64::to_le_bytes).concat(), offset, data);
     }
 
-    fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
-        let active = activation.queues.pop().flatten();
-        let active = active.ok_or(ActivateError::MissingQueue { index: 0 })?;
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let file = self.file.clone();
-        let worker = Worker::spawn("pmem", move |stop| {
-            let memory = &activation.memory;
-            queue::serve(active, memory, &activation.interrupt, &stop, |chain| {
-                answer(memory, chain, || file.sync_data())
-            });
+        let worker = queue::spawn("pmem", 0, activation, move |memory, chain| {
+            answer(memory, chain, || file.sync_data())
         });
-        self.worker = Some(worker.map_err(ActivateError::Thread)?);
+        self.worker = Some(worker?);
         Ok(())
     }
 
