@@ -47,11 +47,9 @@ fn done(vm: &mut Vm, request: &Request) -> Result<()> {
     Ok(())
 }
 
-fn refused(vm: &mut Vm, request: &Request, why: &str) -> Result<()> {
+fn refused(vm: &mut Vm, request: &Request, why: &str) -> Result<FailureKind> {
     match vm.answer(request, &[])? {
-        Message::Failed { kind, error } if kind == FailureKind::Config && error.contains(why) => {
-            Ok(())
-        }
+        Message::Failed { kind, error } if error.contains(why) => Ok(kind),
         other => bail!("{request:?}: {other:?}"),
     }
 }
@@ -161,8 +159,11 @@ fn impossible_balloons(guest: &mut ShellGuest) -> Result<()> {
         &Request::SetBalloon { mib: 257 },
         "larger than the 256 MiB",
     )?;
-    refused(vm, &Request::SetBalloon { mib: u32::MAX }, "larger than")?;
-    refused(vm, &resize_to(512), "max_memory_mib")
+    let kind = refused(vm, &Request::SetBalloon { mib: u32::MAX }, "larger than")?;
+    ensure!(kind == FailureKind::Config, "{kind:?}");
+    let kind = refused(vm, &resize_to(512), "max_memory_mib")?;
+    ensure!(kind == FailureKind::Unsupported, "{kind:?}");
+    Ok(())
 }
 
 /// A wish for so much RAM.
