@@ -431,6 +431,17 @@ impl Vm {
         })
     }
 
+    /// Whether the VMM has ended.
+    pub fn has_ended(&mut self) -> Result<bool> {
+        let status = self.child.try_wait().context("cannot look at the VMM")?;
+        Ok(status.is_some())
+    }
+
+    /// What the VMM has written to its standard error by now.
+    pub fn stderr(&self) -> String {
+        read_lossy(&self.directory.path().join("stderr"))
+    }
+
     /// Closes the test's end of the control socket, as the shim's death does.
     pub fn abandon(&mut self) {
         self.control = None;
@@ -458,7 +469,7 @@ impl Vm {
             status: status.code().and_then(VmmExit::from_code),
             messages: std::mem::take(&mut self.seen),
             console: self.console(),
-            stderr: read_lossy(&self.directory.path().join("stderr")),
+            stderr: self.stderr(),
         })
     }
 }
