@@ -298,6 +298,12 @@ fn a_handle_is_good_for_its_own_file() {
     );
 }
 
+/// Whether a file of the share is mapped in this process.
+fn mapped(client: &Client) -> bool {
+    let maps = fs::read_to_string("/proc/self/maps").unwrap();
+    maps.contains(client.share.path().to_str().unwrap())
+}
+
 #[test]
 fn files_are_mapped_within_the_window_until_a_reset() {
     let mut client = Client::start(true);
@@ -314,10 +320,6 @@ fn files_are_mapped_within_the_window_until_a_reset() {
     let (file, fifo) = ["file", "fifo"]
         .map(|name| client.lookup(ROOT, name).unwrap().nodeid)
         .into();
-    let mapped = |client: &Client| {
-        let maps = fs::read_to_string("/proc/self/maps").unwrap();
-        maps.contains(client.share.path().to_str().unwrap())
-    };
     let (setup, remove) = (Opcode::SetupMapping as u32, Opcode::RemoveMapping as u32);
     let bad = [
         (0, 4096, 4 << 20),
