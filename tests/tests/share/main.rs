@@ -49,12 +49,12 @@ fn data_crosses_both_ways(pair: &mut Pair) -> Result<()> {
 
 fn attributes_and_lists_of_rights_are_kept(pair: &mut Pair) -> Result<()> {
     let said = pair.guest(
-        "touch x; setfattr -n user.color -v blue x; setfattr -n user.gone -v x x
-         setfattr -x user.gone x; getfattr --absolute-names -d x | grep =
-         setfattr -n user.big -v $(head -c 1500 /dev/zero | tr '\\0' b) x
-         getfattr --only-values -n user.big x | wc -c
-         setfattr -x user.color y 2>/dev/null || echo no such file
-         ln -s x symlink; getfattr -h -n user.color symlink 2>/dev/null || echo none",
+        "touch x; /usr/bin/setfattr -n user.color -v blue x; /usr/bin/setfattr -n user.gone -v x x
+         /usr/bin/setfattr -x user.gone x; /usr/bin/getfattr --absolute-names -d x | grep =
+         /usr/bin/setfattr -n user.big -v $(head -c 1500 /dev/zero | tr '\\0' b) x
+         /usr/bin/getfattr --only-values -n user.big x | wc -c
+         /usr/bin/setfattr -x user.color y 2>/dev/null || echo no such file
+         ln -s x symlink; /usr/bin/getfattr -h -n user.color symlink 2>/dev/null || echo none",
     )?;
     equal(&said, "user.color=\"blue\"\n1500\nno such file\nnone")?;
     let path = pair.host("x");
@@ -117,7 +117,7 @@ fn a_thousand_files_are_listed_once(pair: &mut Pair) -> Result<()> {
             number.to_string(),
         )?;
     }
-    let said = pair.guest("ls many; ls -l many | wc -l; cat many/* | wc -c; rm -r many")?;
+    let said = pair.guest("ls many; ls -l many | wc -l; cat many/file-99*; rm many/file-99*")?;
     let lines: BTreeSet<&str> = said
         .lines()
         .filter(|line| line.starts_with("file-"))
@@ -126,9 +126,12 @@ fn a_thousand_files_are_listed_once(pair: &mut Pair) -> Result<()> {
         lines.len() == 1000 && said.lines().count() == 1002,
         "{said}"
     );
-    ensure!(said.ends_with("1001\n2890"), "{said}");
-    ensure!(!pair.host("many").exists(), "the host still has it");
-    Ok(())
+    let last = "99990991992993994995996997998999";
+    ensure!(said.ends_with(&format!("1001\n{last}")), "{said}");
+    let left = fs::read_dir(pair.host("many"))?.count();
+    ensure!(left == 989, "{left} files are left");
+    fs::remove_dir_all(pair.host("many"))?;
+    pair.until("ls -d many 2>/dev/null || echo gone", "gone")
 }
 
 fn names_are_linked_and_moved(pair: &mut Pair) -> Result<()> {
@@ -219,7 +222,7 @@ fn appends_of_both_sides_are_kept(pair: &mut Pair) -> Result<()> {
 
 fn locks_are_the_guests_own(pair: &mut Pair) -> Result<()> {
     let said = pair.guest(
-        "flock -x lock sleep 100000 & echo $! > /tmp/locker
+        "flock -x lock sleep 100000 &
          while flock -n lock true; do sleep 0.1; done; echo locked",
     )?;
     equal(&said, "locked")?;
@@ -228,7 +231,7 @@ fn locks_are_the_guests_own(pair: &mut Pair) -> Result<()> {
         FlockOperation::NonBlockingLockExclusive,
     )
     .context("the host doesn't see the guest's lock")?;
-    pair.guest("kill $(cat /tmp/locker); pkill sleep; flock -x lock echo free")?;
+    pair.guest("kill $(pidof sleep); flock -x lock echo free")?;
     Ok(())
 }
 
@@ -240,13 +243,13 @@ for user in range(2000, 2004):
     child = os.fork()
     if child == 0:
         os.setgroups([3000]); os.setgid(user + 100); os.setuid(user)
-        for number in range(100):
+        for number in range(25):
             open(f'users/{user}-{number}', 'w').write('x')
             os.mkdir(f'users/{user}-{number}-folder')
         os._exit(0)
     children.append(child)
 for child in children: assert os.waitpid(child, 0)[1] == 0
-os.mkdir('group'); os.chown('group', 0, 3000); os.chmod('group', 0o2775)
+os.mkdir('root-only'); os.mkdir('group'); os.chown('group', 0, 3000); os.chmod('group', 0o2775)
 child = os.fork()
 if child == 0:
     os.setgroups([3000]); os.setgid(2100); os.setuid(2000)
@@ -269,7 +272,7 @@ os.chown('users/2000-0', 7, 8); os.chmod('users/2000-1', 0o4711)",
         ensure!((entry.uid(), entry.gid()) == owner, "{name}: {entry:?}");
         seen += 1;
     }
-    ensure!(seen == 800, "{seen} of 800");
+    ensure!(seen == 200, "{seen} of 200");
     ensure!(fs::metadata(pair.host("users/2000-1"))?.mode() & 0o7777 == 0o4711);
     let group = fs::metadata(pair.host("group/file"))?;
     ensure!((group.uid(), group.gid()) == (2000, 3000), "{group:?}");
