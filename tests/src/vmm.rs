@@ -186,21 +186,15 @@ impl VmBuilder {
             cmdline: self.cmdline.clone(),
             initramfs: Some(fds.open(&self.initramfs, OpenOptions::new().read(true))?),
             vsock: self.vsock.then(|| vm.listen(&mut fds)).transpose()?,
-            share: self.open_share(&mut vm, &mut fds)?,
+            share: self
+                .share
+                .map(|change| vm.share(&mut fds, change))
+                .transpose()?,
             disks: self.open_disks(&mut fds)?,
             ..VmConfig::new(kvm, kernel, console)
         };
         vm.send(&Request::Boot(config), &fds.0)?;
         Ok(vm)
-    }
-
-    fn open_share(&self, vm: &mut Vm, fds: &mut FdArray) -> Result<Option<ShareConfig>> {
-        let Some(change) = self.share else {
-            return Ok(None);
-        };
-        let mut config = vm.share(fds)?;
-        change(&mut config);
-        Ok(Some(config))
     }
 
     fn open_disks(&self, fds: &mut FdArray) -> Result<Vec<DiskConfig>> {
@@ -321,7 +315,7 @@ impl Vm {
         })
     }
 
-    fn share(&mut self, fds: &mut FdArray) -> Result<ShareConfig> {
+    fn share(&mut self, fds: &mut FdArray, change: fn(&mut ShareConfig)) -> Result<ShareConfig> {
         let path = self.share_path();
         fs::create_dir(&path).context("cannot make the share")?;
         self.share = Some(BindMount::shared(&path)?);
@@ -331,7 +325,9 @@ impl Vm {
             Mode::empty(),
         )
         .context("cannot open the share")?;
-        Ok(ShareConfig::new(SHARE_TAG, fds.push(directory)?))
+        let mut config = ShareConfig::new(SHARE_TAG, fds.push(directory)?);
+        change(&mut config);
+        Ok(config)
     }
 
     /// Sends one request.
@@ -437,11 +433,6 @@ impl Vm {
         Ok(status.is_some())
     }
 
-    /// What the VMM has written to its standard error by now.
-    pub fn stderr(&self) -> String {
-        read_lossy(&self.directory.path().join("stderr"))
-    }
-
     /// Closes the test's end of the control socket, as the shim's death does.
     pub fn abandon(&mut self) {
         self.control = None;
@@ -469,7 +460,7 @@ impl Vm {
             status: status.code().and_then(VmmExit::from_code),
             messages: std::mem::take(&mut self.seen),
             console: self.console(),
-            stderr: self.stderr(),
+            stderr: read_lossy(&self.directory.path().join("stderr")),
         })
     }
 }

@@ -98,7 +98,7 @@ impl Pair {
                 Err(_) => Ok(None),
             },
         );
-        let output = output.with_context(|| format!("{}{}", vm.console(), vm.stderr()))?;
+        let output = output.with_context(|| vm.console())?;
         let (output, status) = output.rsplit_once("status=").context("no status")?;
         ensure!(status.trim() == "0", "status {status}: {output}");
         Ok(output.trim_end().to_owned())
