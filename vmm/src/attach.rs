@@ -20,9 +20,6 @@ pub enum AttachError {
     /// The machine does not take it.
     #[error("the machine does not take the device")]
     Machine(#[from] RunningError),
-    /// There is no such device.
-    #[error("this VMM has no {0}")]
-    Unsupported(&'static str),
 }
 
 impl AttachError {
@@ -32,7 +29,6 @@ impl AttachError {
             Self::Config(_) => FailureKind::Config,
             Self::Device(error) => error.kind(),
             Self::Machine(error) => error.kind(),
-            Self::Unsupported(_) => FailureKind::Unsupported,
         }
     }
 }
@@ -50,10 +46,11 @@ pub fn disk(
 
 /// Attaches a network interface and gives its name.
 pub fn network(
-    _machine: &mut RunningMachine,
+    machine: &mut RunningMachine,
     config: &NetworkConfig,
-    _files: &mut Files,
+    files: &mut Files,
 ) -> Result<String, AttachError> {
     config.validate()?;
-    Err(AttachError::Unsupported("network device"))
+    let device = boot::network(config, files)?;
+    Ok(machine.attach(Box::new(device))?)
 }

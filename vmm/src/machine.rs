@@ -16,15 +16,17 @@ use crate::{
     devices::{
         ged::EventDevice,
         virtio::{
-            VirtioDevice,
+            SharedRegion, VirtioDevice,
             mmio::{REGISTERS_BYTES, TransportError},
         },
     },
+    file_mapping::{self, FileMapping},
     memory::{self, MemoryError},
     running::RunningMachine,
     slots::{Plugged, Slots},
     vcpu::{self, VcpuError, Vcpus},
     vm::{Vm, VmError},
+    window::Window,
 };
 use kvm_bindings::CpuId;
 use kvm_ioctls::VcpuFd;
@@ -37,9 +39,12 @@ use std::{
     os::fd::OwnedFd,
     sync::{Arc, Mutex},
 };
-use vm_memory::{Bytes, GuestMemoryError, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryError, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
-use walnut_vmm_api::{FailureKind, VmConfig};
+use walnut_vmm_api::{FailureKind, MEMORY_STEP_MIB, VmConfig};
+
+/// What the guest adds device memory in pieces of (`SUBSECTION_SIZE` of Linux).
+const WINDOW_ALIGNMENT: u64 = 2 << 20;
 
 /// Why a machine cannot be built.
 #[derive(Debug, thiserror::Error)]
@@ -67,6 +72,17 @@ pub enum MachineError {
     /// Addresses and interrupts.
     #[error("cannot put a device on the bus")]
     Bus(#[from] BusError),
+    /// More memory slots than there are numbers.
+    #[error("the VM has too many pieces of memory")]
+    Slots,
+    /// A window on files.
+    #[error("cannot reserve addresses for {mib} MiB of shared files")]
+    Window {
+        /// How much.
+        mib: u32,
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// The virtio transport.
     #[error("cannot make a virtio device")]
     Transport(#[from] TransportError),
@@ -102,6 +118,9 @@ pub struct Machine {
     vm: Vm,
     memory: GuestMemoryMmap,
     ram_bytes: u64,
+    growth: Option<SharedRegion>,
+    mappings: Vec<FileMapping>,
+    windows: Vec<Arc<Window>>,
     bus: Bus,
     virtio: Vec<Allocation>,
 }
@@ -111,20 +130,25 @@ impl Machine {
     pub fn new(kvm: OwnedFd, config: &VmConfig) -> Result<Self, MachineError> {
         let ram_bytes = u64::from(config.memory_mib) << 20;
         let vm = Vm::new(kvm, max_vcpus(config))?;
-        let memory = memory::allocate(&layout::ram(ram_bytes))?;
+        let mut bus = Bus::new(
+            layout::VIRTIO_MMIO.0,
+            layout::VIRTIO_MMIO_BYTES,
+            layout::device_memory(ram_bytes).0,
+            layout::FIRST_INTERRUPT..=layout::LAST_INTERRUPT,
+        );
+        let growth = allocate_growth(&mut bus, config)?;
+        let mut ranges = layout::ram(ram_bytes);
+        ranges.extend(growth.map(|region| (region.address, region.bytes)));
+        let memory = memory::allocate(&ranges)?;
         vm.add_memory(&memory)?;
-        let interrupts = layout::FIRST_INTERRUPT..=layout::LAST_INTERRUPT;
-        let window = layout::VIRTIO_MMIO.0;
         Ok(Self {
             vm,
             memory,
             ram_bytes,
-            bus: Bus::new(
-                window,
-                layout::VIRTIO_MMIO_BYTES,
-                layout::device_memory(ram_bytes).0,
-                interrupts,
-            ),
+            growth,
+            mappings: Vec::new(),
+            windows: Vec::new(),
+            bus,
             virtio: Vec::new(),
         })
     }
@@ -137,6 +161,47 @@ impl Machine {
     /// Bytes of guest RAM.
     pub fn ram_bytes(&self) -> u64 {
         self.ram_bytes
+    }
+
+    /// The part of guest memory that the guest does not have yet, where it may grow.
+    pub fn growth(&self) -> Option<SharedRegion> {
+        self.growth
+    }
+
+    /// Shows a file to the guest, and tells where.
+    pub fn add_mapping(&mut self, mapping: FileMapping) -> Result<SharedRegion, MachineError> {
+        let bytes = mapping.bytes();
+        let base = self.bus.allocate_memory(bytes, file_mapping::ALIGNMENT)?;
+        let address = GuestAddress(base);
+        let slot = self.next_slot()?;
+        self.vm.add_mapping(slot, address, &mapping)?;
+        self.mappings.push(mapping);
+        Ok(SharedRegion { address, bytes })
+    }
+
+    /// Gives the guest a window of this size, through which a device may show it files; none of 0 MiB.
+    pub fn add_window(&mut self, mib: u32) -> Result<Option<Arc<Window>>, MachineError> {
+        if mib == 0 {
+            return Ok(None);
+        }
+        let bytes = u64::from(mib) << 20;
+        let address = GuestAddress(self.bus.allocate_memory(bytes, WINDOW_ALIGNMENT)?);
+        let window = Window::new(SharedRegion { address, bytes });
+        let window = window.map_err(|source| MachineError::Window {
+            mib,
+            source: source.into(),
+        })?;
+        let slot = self.next_slot()?;
+        self.vm.add_window(slot, &window)?;
+        let window = Arc::new(window);
+        self.windows.push(window.clone());
+        Ok(Some(window))
+    }
+
+    /// The first memory slot that holds nothing.
+    fn next_slot(&self) -> Result<u32, MachineError> {
+        let used = self.memory.num_regions() + self.mappings.len() + self.windows.len();
+        u32::try_from(used).map_err(|_| MachineError::Slots)
     }
 
     /// An event that raises `interrupt`.
@@ -192,6 +257,8 @@ impl Machine {
             vcpus,
             vm: self.vm,
             memory: self.memory,
+            _mappings: self.mappings,
+            _windows: self.windows,
             bus,
             events,
             slots,
@@ -228,6 +295,18 @@ impl Machine {
             .write_slice(&registers::descriptor_table(), layout::GDT)
             .map_err(MachineError::DescriptorTable)
     }
+}
+
+/// Where the guest's memory may grow: above RAM, by whole steps.
+fn allocate_growth(bus: &mut Bus, config: &VmConfig) -> Result<Option<SharedRegion>, BusError> {
+    let most = config.max_memory_mib.unwrap_or(config.memory_mib);
+    let bytes = u64::from(most.saturating_sub(config.memory_mib)) << 20;
+    if bytes == 0 {
+        return Ok(None);
+    }
+    let base = bus.allocate_memory(bytes, u64::from(MEMORY_STEP_MIB) << 20)?;
+    let address = GuestAddress(base);
+    Ok(Some(SharedRegion { address, bytes }))
 }
 
 fn max_vcpus(config: &VmConfig) -> u8 {

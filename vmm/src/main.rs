@@ -2,7 +2,7 @@
 //!
 //! Standard error carries at most one line, and the console's tail when the guest failed.
 
-use std::{error::Error, io::Write, process::exit, sync::PoisonError};
+use std::{error::Error, io::Write, process::exit};
 use walnut_vmm::{
     boot::{self, BootError},
     control::{Control, ControlError, chain, failure},
@@ -32,12 +32,8 @@ fn run() -> VmmExit {
         Err(error) => return refuse(&control, BootError::kind(&error), &error),
     };
     drop(files);
-    let outcome = session::run(&control, &mut booted.machine, &booted.ready);
-    let mut console = booted
-        .console
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner);
-    let tail = console.finish();
+    let outcome = session::run(&control, &mut booted.machine, &booted.ready, &booted.resize);
+    let tail = booted.console.finish();
     match outcome {
         Ok(outcome) => report(&outcome, &tail),
         Err(error) => fail(VmmExit::Device, &error),

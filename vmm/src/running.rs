@@ -5,10 +5,12 @@ use crate::{
     arch::x86_64::cpuid::Place,
     bus::Bus,
     devices::{ged::EventDevice, virtio::VirtioDevice},
+    file_mapping::FileMapping,
     machine::{MachineError, make_vcpu},
     slots::{Plugged, Slots},
     vcpu::Vcpus,
     vm::Vm,
+    window::Window,
 };
 use kvm_bindings::CpuId;
 use std::{
@@ -55,9 +57,6 @@ pub enum RunningError {
         /// How many there are.
         there: usize,
     },
-    /// Memory can't change.
-    #[error("this VM has no device that changes the size of its memory")]
-    Memory,
     /// A part cannot be made.
     #[error("the machine cannot grow")]
     Machine(#[from] MachineError),
@@ -71,7 +70,7 @@ impl RunningError {
             Self::PauseDeadline => FailureKind::Internal,
             Self::NoSuchDevice => FailureKind::NotFound,
             Self::NoPlace | Self::TooManyVcpus { .. } => FailureKind::Full,
-            Self::FewerVcpus { .. } | Self::Memory => FailureKind::Unsupported,
+            Self::FewerVcpus { .. } => FailureKind::Unsupported,
             Self::Machine(error) => error.kind(),
         }
     }
@@ -83,6 +82,8 @@ pub struct RunningMachine {
     pub vcpus: Vcpus,
     pub(crate) vm: Vm,
     pub(crate) memory: GuestMemoryMmap,
+    pub(crate) _mappings: Vec<FileMapping>,
+    pub(crate) _windows: Vec<Arc<Window>>,
     pub(crate) bus: Arc<Bus>,
     /// How the guest hears of changes.
     pub(crate) events: Arc<Mutex<EventDevice>>,
@@ -101,6 +102,7 @@ impl RunningMachine {
             paused: self.paused,
             memory_mib: self.memory_mib,
             vcpus: self.vcpus.exits(),
+            ..Statistics::default()
         }
     }
 
@@ -153,19 +155,8 @@ impl RunningMachine {
         Ok(())
     }
 
-    /// Changes the number of vCPUs, the MiB of RAM, or both.
-    pub fn resize(
-        &mut self,
-        vcpus: Option<u8>,
-        memory_mib: Option<u32>,
-    ) -> Result<(), RunningError> {
-        if memory_mib.is_some_and(|mib| mib != self.memory_mib) {
-            return Err(RunningError::Memory);
-        }
-        vcpus.map_or(Ok(()), |vcpus| self.set_vcpus(vcpus))
-    }
-
-    fn set_vcpus(&mut self, asked: u8) -> Result<(), RunningError> {
+    /// Changes the number of vCPUs.
+    pub fn set_vcpus(&mut self, asked: u8) -> Result<(), RunningError> {
         let (there, most) = (self.vcpus.count(), self.max_vcpus);
         if usize::from(asked) < there {
             return Err(RunningError::FewerVcpus { asked, there });

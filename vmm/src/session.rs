@@ -5,12 +5,13 @@ use crate::{
     attach::{self, AttachError},
     control::{Control, ControlError, Files, Incoming, failure},
     event_loop::Poll,
+    resize::{Resize, ResizeError},
     running::{RunningError, RunningMachine},
     vcpu::End,
 };
 use std::{io, time::Duration};
 use vmm_sys_util::{epoll::EventSet, eventfd::EventFd};
-use walnut_vmm_api::{FailureKind, Message, Request, VmmExit};
+use walnut_vmm_api::{FailureKind, Message, Request, Statistics, VmmExit};
 
 const CONTROL: u64 = 0;
 const ENDED: u64 = 1;
@@ -64,6 +65,7 @@ pub fn run(
     control: &Control,
     machine: &mut RunningMachine,
     ready: &EventFd,
+    resize: &Resize,
 ) -> Result<Outcome, SessionError> {
     let mut poll = Poll::new()?;
     poll.add(control, CONTROL, EventSet::IN)?;
@@ -74,7 +76,7 @@ pub fn run(
     loop {
         for (token, _) in poll.wait()? {
             let outcome = match token {
-                CONTROL => serve(control, machine)?,
+                CONTROL => serve(control, machine, resize)?,
                 ENDED => machine.vcpus.end().map(Outcome::from),
                 _ => announce(control, machine, &poll, ready)?,
             };
@@ -90,25 +92,38 @@ pub fn run(
 }
 
 /// Answers one request.
-fn serve(control: &Control, machine: &mut RunningMachine) -> Result<Option<Outcome>, SessionError> {
+fn serve(
+    control: &Control,
+    machine: &mut RunningMachine,
+    resize: &Resize,
+) -> Result<Option<Outcome>, SessionError> {
     let answer = match control.receive()? {
         Incoming::Request(Request::Boot(_), _) => return Err(ControlError::SecondBoot.into()),
         Incoming::Request(Request::Stop, _) | Incoming::Hangup => {
             return Ok(Some(Outcome::ended()));
         }
         Incoming::Nothing => return Ok(None),
-        Incoming::Request(request, files) => answer(request, files, machine),
+        Incoming::Request(request, files) => answer(request, files, machine, resize),
     };
     control.send(&answer)?;
     Ok(None)
 }
 
 /// Does what a request asks. Files that it didn't need are closed with `files`.
-fn answer(request: Request, mut files: Files, machine: &mut RunningMachine) -> Message {
+fn answer(
+    request: Request,
+    mut files: Files,
+    machine: &mut RunningMachine,
+    resize: &Resize,
+) -> Message {
     match request {
-        Request::Statistics => Message::Statistics(machine.statistics()),
+        Request::Statistics => Message::Statistics(Statistics {
+            memory: resize.statistics(),
+            ..machine.statistics()
+        }),
         Request::Pause => done(machine.pause()),
         Request::Resume => done(machine.resume()),
+        Request::SetBalloon { mib } => done_to_memory(resize.set_balloon(mib)),
         Request::PowerButton => {
             machine.press_power_button();
             Message::Done
@@ -116,7 +131,7 @@ fn answer(request: Request, mut files: Files, machine: &mut RunningMachine) -> M
         Request::AttachDisk(config) => attached(attach::disk(machine, &config, &mut files)),
         Request::AttachNetwork(config) => attached(attach::network(machine, &config, &mut files)),
         Request::Detach { name } => done(machine.detach(&name)),
-        Request::Resize { vcpus, memory_mib } => done(machine.resize(vcpus, memory_mib)),
+        Request::Resize { vcpus, memory_mib } => change_size(machine, resize, vcpus, memory_mib),
         // `serve` has looked for them.
         Request::Boot(_) | Request::Stop => failure(FailureKind::State, &ControlError::SecondBoot),
     }
@@ -126,6 +141,27 @@ fn done(result: Result<(), RunningError>) -> Message {
     match result {
         Ok(()) => Message::Done,
         Err(error) => failure(error.kind(), &error),
+    }
+}
+
+fn done_to_memory(result: Result<(), ResizeError>) -> Message {
+    match result {
+        Ok(()) => Message::Done,
+        Err(error) => failure(error.kind(), &error),
+    }
+}
+
+/// Memory first: it is refused without an effect.
+fn change_size(
+    machine: &mut RunningMachine,
+    resize: &Resize,
+    vcpus: Option<u8>,
+    memory_mib: Option<u32>,
+) -> Message {
+    let memory = memory_mib.map_or(Ok(()), |mib| resize.set_memory(mib));
+    match (memory, vcpus) {
+        (Ok(()), Some(vcpus)) => done(machine.set_vcpus(vcpus)),
+        (memory, _) => done_to_memory(memory),
     }
 }
 

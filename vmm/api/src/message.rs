@@ -20,7 +20,8 @@ pub enum Request {
     Boot(VmConfig),
     /// End the VM now. Not answered: the process ends with [`crate::VmmExit::Ended`].
     Stop,
-    /// Answered by [`Message::Statistics`], also while the VM is paused.
+    /// Answered by [`Message::Statistics`], also while the VM is paused. Also asks the guest for its numbers, which a
+    /// later answer has.
     Statistics,
     /// Let no vCPU execute until [`Request::Resume`]. Devices finish what the guest asked of them. Answered by
     /// [`Message::Done`] once all vCPUs stand still; [`FailureKind::State`] when they do already.
@@ -45,9 +46,16 @@ pub enum Request {
         /// vCPUs from now on: not fewer than there are, and at most [`VmConfig::max_vcpus`].
         #[serde(default)]
         vcpus: Option<u8>,
-        /// MiB of RAM from now on.
+        /// MiB of RAM that the guest shall have, between [`VmConfig::memory_mib`] and [`VmConfig::max_memory_mib`], and
+        /// more than the former by a multiple of 2; it takes more at once and gives back as it can.
         #[serde(default)]
         memory_mib: Option<u32>,
+    },
+    /// Wish that the guest gives up so much of its memory, at most what it booted with; it does so as it can.
+    /// Answered by [`Message::Done`].
+    SetBalloon {
+        /// MiB that the balloon shall hold.
+        mib: u32,
     },
 }
 
@@ -105,10 +113,13 @@ pub enum FailureKind {
 pub struct Statistics {
     /// Whether the VM is paused.
     pub paused: bool,
-    /// MiB of guest RAM.
+    /// MiB of RAM that the guest booted with.
     pub memory_mib: u32,
     /// How often each vCPU came back from `KVM_RUN`, by its number.
     pub vcpus: Vec<Exits>,
+    /// What became of guest memory.
+    #[serde(default)]
+    pub memory: MemoryStatistics,
 }
 
 impl Statistics {
@@ -133,6 +144,41 @@ pub struct Exits {
     pub mmio: u64,
     /// Everything else.
     pub other: u64,
+}
+
+/// What became of guest memory.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryStatistics {
+    /// Bytes that the guest says its balloon holds.
+    pub balloon_bytes: u64,
+    /// Bytes of RAM that were added since the guest booted, and not removed.
+    pub plugged_bytes: u64,
+    /// What the guest said last about its memory, if it ever did.
+    #[serde(default)]
+    pub guest: Option<GuestMemory>,
+}
+
+/// What a guest says about its memory: nothing here can be relied on.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestMemory {
+    /// Bytes of RAM that it has.
+    pub total_bytes: u64,
+    /// Bytes that are not used for anything.
+    pub free_bytes: u64,
+    /// Bytes that programs could get without swapping.
+    pub available_bytes: u64,
+    /// Bytes of cached files.
+    pub cache_bytes: u64,
+    /// Bytes that came back from swap since it booted.
+    pub swapped_in_bytes: u64,
+    /// Bytes that went to swap since it booted.
+    pub swapped_out_bytes: u64,
+    /// Page faults that needed I/O since it booted.
+    pub major_faults: u64,
+    /// Other page faults since it booted.
+    pub minor_faults: u64,
+    /// Processes that were killed for want of memory since it booted.
+    pub oom_kills: u64,
 }
 
 /// Why a packet is not a message.
@@ -196,7 +242,14 @@ mod tests {
             kind: FailureKind::Kvm,
             error: "no".into(),
         };
-        for message in [Message::Booted, Message::GuestReady, failed] {
+        let statistics = Message::Statistics(Statistics {
+            memory: MemoryStatistics {
+                guest: Some(GuestMemory::default()),
+                ..MemoryStatistics::default()
+            },
+            ..Statistics::default()
+        });
+        for message in [Message::Booted, Message::Done, statistics, failed] {
             let packet = message.encode().unwrap();
             assert_eq!(Message::decode(&packet).unwrap(), message);
         }
@@ -221,6 +274,7 @@ mod tests {
             paused: false,
             memory_mib: u32::MAX,
             vcpus: vec![most; crate::MAX_VCPUS.into()],
+            ..Statistics::default()
         };
         assert!(Message::Statistics(statistics).encode().is_ok());
     }
