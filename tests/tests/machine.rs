@@ -5,12 +5,14 @@ use anyhow::{Context, Result, bail, ensure};
 use std::{
     fs::{self, File},
     path::{Path, PathBuf},
+    process::Command,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 use tempfile::TempDir;
 use walnut_tests::{
     deadline::{self, Deadline},
     initramfs::Initramfs,
+    network::Network,
     programs::Programs,
     requirement,
     vmm::{Vm, VmBuilder},
@@ -27,6 +29,10 @@ const PAUSE: Duration = Duration::from_secs(5);
 const TOLERANCE: f64 = 2.5;
 /// The places that a VM has for devices that come later.
 const PLACES: usize = 8;
+
+/// Addresses of both ends of a network.
+const GUEST: &str = "10.77.11.2";
+const HOST: &str = "10.77.11.1";
 
 /// One process spins, another counts and tells the time.
 const COUNTS: &str = "
@@ -59,6 +65,11 @@ const GROWS: &str = "
         echo gone-$i.
         i=$((i + 1))
     done
+    until [ -e /sys/class/net/eth0 ]; do echo $device > $driver/bind; sleep 0.1; done 2> /dev/null
+    ip addr add GUEST/24 dev eth0; ip link set eth0 up
+    ping -c 1 -w 60 HOST > /dev/null && echo host-answers
+    echo $device > $driver/unbind
+    echo released-network.
     until [ -e $cpus/cpu3 ]; do sleep 0.1; done
     for cpu in 1 2 3; do echo 1 > $cpus/cpu$cpu/online; done
     echo online=$(cat $cpus/online)
@@ -197,6 +208,7 @@ fn a_vm_grows_by_disks_and_vcpus_and_obeys_its_power_button() -> Result<()> {
     };
     let directory = TempDir::new()?;
     let script = GROWS.replace("ROUNDS", &ROUNDS.to_string());
+    let script = script.replace("GUEST", GUEST).replace("HOST", HOST);
     let grows = guest(&directory, &programs, &script)?;
     let disk = directory.path().join("disk");
     fs::write(&disk, b"Disk content".repeat(1 << 12))?;
@@ -227,6 +239,9 @@ fn a_vm_grows_by_disks_and_vcpus_and_obeys_its_power_button() -> Result<()> {
         "threads and files: {before:?}, then {after:?}"
     );
 
+    a_network_comes_and_goes(&mut vm)?;
+    ensure!(held(&vm)? == after, "a network leaves something behind");
+
     let vcpus = |count| Request::Resize {
         vcpus: Some(count),
         memory_mib: None,
@@ -251,6 +266,29 @@ fn a_vm_grows_by_disks_and_vcpus_and_obeys_its_power_button() -> Result<()> {
     Ok(())
 }
 
+fn a_network_comes_and_goes(vm: &mut Vm) -> Result<()> {
+    let tap = "wn-machine";
+    let mut files = Vec::new();
+    let config = Network::new(tap).open(1, &mut |file| {
+        files.push(file);
+        Ok(FdSlot(0))
+    })?;
+    let answer = vm.answer(&Request::AttachNetwork(config), &files)?;
+    drop(files);
+    let Message::Attached { name } = answer else {
+        bail!("no network was attached: {answer:?}");
+    };
+    let up = format!("ip addr add {HOST}/24 dev {tap} && ip link set {tap} up");
+    let up = Command::new("sh").args(["-c", &up]).status()?;
+    ensure!(up.success(), "the host's end: {up}");
+    vm.wait_for_console("released-network.")?;
+    ensure!(vm.console().contains("host-answers"), "{}", vm.console());
+    done(vm, &detach(&name))?;
+    let left = Path::new("/sys/class/net").join(tap).exists();
+    ensure!(!left, "the tap's file is still open");
+    Ok(())
+}
+
 fn what_cannot_be_attached_is_refused(vm: &mut Vm, disk: &Path) -> Result<()> {
     let before = held(vm)?;
     let files = [File::open(disk)?];
@@ -264,7 +302,7 @@ fn what_cannot_be_attached_is_refused(vm: &mut Vm, disk: &Path) -> Result<()> {
         &files,
         FailureKind::Config,
     )?;
-    let network = NetworkConfig {
+    let no_tap = NetworkConfig {
         taps: vec![FdSlot(0)],
         vhost: Vec::new(),
         mac: [2, 0, 0, 0, 0, 1],
@@ -274,9 +312,9 @@ fn what_cannot_be_attached_is_refused(vm: &mut Vm, disk: &Path) -> Result<()> {
     };
     fails(
         vm,
-        &Request::AttachNetwork(network),
+        &Request::AttachNetwork(no_tap),
         &files,
-        FailureKind::Unsupported,
+        FailureKind::Internal,
     )?;
     fails(vm, &detach("H999"), &files, FailureKind::NotFound)?;
     let memory = Request::Resize {
