@@ -393,20 +393,8 @@ impl Vm {
         self.send(request, &[])
     }
 
-    /// Sends one request with these files, and gives its answer.
-    pub fn answer(&mut self, request: &Request, fds: &[OwnedFd]) -> Result<Message> {
-        self.send(request, fds)?;
-        let deadline = Deadline::after(deadline::REQUEST);
-        loop {
-            match self.receive(deadline)? {
-                Some(Message::Booted | Message::GuestReady) => {}
-                Some(message) => return Ok(message),
-                None => bail!("the VMM ended instead of an answer to {request:?}"),
-            }
-        }
-    }
-
-    fn send(&mut self, request: &Request, fds: &[OwnedFd]) -> Result<()> {
+    /// Sends one request with these files.
+    pub fn send(&mut self, request: &Request, fds: &[OwnedFd]) -> Result<()> {
         let packet = request.encode().context("cannot encode a request")?;
         self.send_raw(&packet, fds)
     }
