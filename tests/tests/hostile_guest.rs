@@ -119,9 +119,14 @@ impl Arena {
     /// The VMM ended as the contract says, without a signal, or stands the attack.
     fn is_contained(&self, script: &mut Script) -> Result<()> {
         let mut vm = self.start(script.say(OVER))?;
-        let said = vm.wait_for_console(OVER);
-        if said.is_ok() {
-            answers(&mut vm)?;
+        let stands = deadline::until("its end", Deadline::after(deadline::BOOT), || {
+            // A request that cannot be sent, and an answer that does not come: the VMM has ended.
+            let asked = vm.ask(&Request::Statistics).is_ok();
+            let answer = vm.receive(Deadline::after(deadline::REQUEST))?;
+            let is_over = vm.console().contains(OVER);
+            Ok((is_over || !asked || answer.is_none()).then_some(is_over))
+        })?;
+        if stands {
             return stop(vm).map(drop);
         }
         let ended = vm.wait()?;

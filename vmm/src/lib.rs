@@ -8,6 +8,8 @@ pub mod bus;
 pub mod control;
 pub mod devices;
 pub mod event_loop;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 pub mod jail;
 pub mod machine;
 pub mod memory;
