@@ -12,7 +12,7 @@ const CID: u64 = 42;
 
 /// Takes packets, and keeps the promises that the connection makes to its owner.
 pub(crate) fn packets(data: &[u8]) {
-    let mut connection = Connection::new(CID, 1024, 7);
+    let mut connection = Connection::new(CID, 1024, 7, BUFFER_BYTES);
     let _ = connection.next_control();
     for bytes in data.chunks(HEADER_BYTES) {
         let mut whole = [0; HEADER_BYTES];
@@ -34,7 +34,7 @@ pub(crate) fn packets(data: &[u8]) {
             assert!(connection.buffered() <= BUFFER_BYTES);
             match effect {
                 Effect::Finish | Effect::Finished | Effect::Abort | Effect::Violation => {
-                    connection = Connection::new(CID, 1024, 7);
+                    connection = Connection::new(CID, 1024, 7, BUFFER_BYTES);
                 }
                 Effect::Proceed | Effect::Establish | Effect::Deliver | Effect::RefuseWrites => {}
             }
