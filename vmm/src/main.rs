@@ -2,6 +2,7 @@
 //!
 //! Standard error carries at most one line, and the console's tail when the guest failed.
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::{error::Error, io::Write, process::exit, sync::PoisonError};
 use walnut_vmm::{
     boot::{self, BootError},
@@ -23,6 +24,7 @@ fn run() -> VmmExit {
         Ok(control) => control,
         Err(error) => return fail(VmmExit::Usage, &error),
     };
+    allow_many_files();
     let (config, mut files) = match control.receive_boot() {
         Ok(received) => received,
         Err(error) => return refuse(&control, FailureKind::Config, &error),
@@ -42,6 +44,18 @@ fn run() -> VmmExit {
         Ok(outcome) => report(&outcome, &tail),
         Err(error) => fail(VmmExit::Device, &error),
     }
+}
+
+/// Each connection of the socket device and each file that the guest has open is a descriptor, and the usual soft limit
+/// of 1024 is meant for programs that use `select`.
+fn allow_many_files() {
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    let all = Rlimit {
+        current: maximum,
+        maximum,
+    };
+    // Up to the hard limit it is always allowed; without it there are fewer connections.
+    let _ = setrlimit(Resource::Nofile, all);
 }
 
 fn arguments() -> Result<(), ControlError> {
