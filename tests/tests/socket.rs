@@ -127,7 +127,7 @@ fn programs_of_the_host_talk_to_servers_of_the_guest() -> Result<()> {
     let directory = TempDir::new()?;
     let script = format!(
         "mount -t sysfs sysfs /sys; mount -t proc proc /proc; ulimit -n 65536
-        exec python3 -I -S -c '{SERVER}'"
+        cat > /server.py <<'END'\n{SERVER}\nEND\nexec python3 -I -S /server.py"
     );
     let modules = encodings()?;
     let files: Vec<&str> = ["python3"]
