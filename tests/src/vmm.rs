@@ -2,10 +2,13 @@
 //!
 //! Knows the VMM by its contract alone: one control socket, file descriptors, exit statuses.
 
+pub use crate::ended::Ended;
+
 use crate::{
-    command::{End, wait_child},
+    command::wait_child,
     deadline::{self, Deadline},
     mounts::BindMount,
+    network::Network,
     programs::Programs,
 };
 use anyhow::{Context, Result, bail, ensure};
@@ -29,8 +32,8 @@ use std::{
 };
 use tempfile::TempDir;
 use walnut_vmm_api::{
-    DiskConfig, FdSlot, MAX_MESSAGE_BYTES, Message, Request, ShareConfig, VmConfig, VmmExit,
-    VsockConfig,
+    DiskConfig, FdSlot, MAX_MESSAGE_BYTES, Message, PmemConfig, Request, ShareConfig, VmConfig,
+    VmmExit, VsockConfig,
 };
 
 /// What each guest of a test is told first; the shim says the same.
@@ -52,10 +55,14 @@ pub struct VmBuilder {
     cmdline: String,
     kvm: PathBuf,
     vcpus: u8,
+    max_vcpus: Option<u8>,
     memory_mib: u32,
+    max_memory_mib: Option<u32>,
     vsock: bool,
-    share: bool,
-    disks: Vec<(PathBuf, bool)>,
+    share: Option<fn(&mut ShareConfig)>,
+    disks: Vec<(PathBuf, DiskConfig)>,
+    pmems: Vec<(PathBuf, bool)>,
+    networks: Vec<Network>,
     console: Option<PathBuf>,
 }
 
@@ -69,7 +76,7 @@ impl VmBuilder {
     pub fn agent(programs: &Programs) -> Self {
         Self {
             vsock: true,
-            share: true,
+            share: Some(|_| {}),
             ..Self::new(programs)
         }
     }
@@ -87,10 +94,14 @@ impl VmBuilder {
             cmdline: CMDLINE.to_owned(),
             kvm: "/dev/kvm".into(),
             vcpus: 1,
+            max_vcpus: None,
             memory_mib: 128,
+            max_memory_mib: None,
             vsock: false,
-            share: false,
+            share: None,
             disks: Vec::new(),
+            pmems: Vec::new(),
+            networks: Vec::new(),
             console: None,
         }
     }
@@ -117,10 +128,38 @@ impl VmBuilder {
         self
     }
 
+    /// Sets the number of vCPUs that it may grow to.
+    #[must_use]
+    pub fn max_vcpus(mut self, vcpus: u8) -> Self {
+        self.max_vcpus = Some(vcpus);
+        self
+    }
+
     /// Sets the size of guest RAM.
     #[must_use]
     pub fn memory_mib(mut self, memory_mib: u32) -> Self {
         self.memory_mib = memory_mib;
+        self
+    }
+
+    /// Lets guest RAM grow to this size.
+    #[must_use]
+    pub fn max_memory_mib(mut self, max_memory_mib: u32) -> Self {
+        self.max_memory_mib = Some(max_memory_mib);
+        self
+    }
+
+    /// Replaces the kernel's command line.
+    #[must_use]
+    pub fn cmdline(mut self, cmdline: &str) -> Self {
+        cmdline.clone_into(&mut self.cmdline);
+        self
+    }
+
+    /// Adds a persistent memory.
+    #[must_use]
+    pub fn pmem(mut self, file: &Path, read_only: bool) -> Self {
+        self.pmems.push((file.to_owned(), read_only));
         self
     }
 
@@ -154,15 +193,37 @@ impl VmBuilder {
 
     /// Adds a disk that the guest may only read.
     #[must_use]
-    pub fn read_only_disk(mut self, file: &Path) -> Self {
-        self.disks.push((file.to_owned(), true));
-        self
+    pub fn read_only_disk(self, file: &Path) -> Self {
+        self.disk(file, |config| config.read_only = true)
     }
 
     /// Adds a disk that the guest may read and write.
     #[must_use]
-    pub fn writable_disk(mut self, file: &Path) -> Self {
-        self.disks.push((file.to_owned(), false));
+    pub fn writable_disk(self, file: &Path) -> Self {
+        self.disk(file, |_| {})
+    }
+
+    /// Adds a disk: one that the guest may read and write, with one queue and no limits, but for what `change` says.
+    #[must_use]
+    pub fn disk(mut self, file: &Path, change: impl FnOnce(&mut DiskConfig)) -> Self {
+        let serial = format!("disk{}", self.disks.len());
+        let mut config = DiskConfig::new(FdSlot(0), false, &serial);
+        change(&mut config);
+        self.disks.push((file.to_owned(), config));
+        self
+    }
+
+    /// Adds a network.
+    #[must_use]
+    pub fn network(mut self, network: Network) -> Self {
+        self.networks.push(network);
+        self
+    }
+
+    /// Shares a directory, in a way that differs from the usual one.
+    #[must_use]
+    pub fn share(mut self, change: fn(&mut ShareConfig)) -> Self {
+        self.share = Some(change);
         self
     }
 
@@ -182,26 +243,54 @@ impl VmBuilder {
         )?;
         let config = VmConfig {
             vcpus: self.vcpus,
+            max_vcpus: self.max_vcpus,
             memory_mib: self.memory_mib,
+            max_memory_mib: self.max_memory_mib,
             cmdline: self.cmdline.clone(),
             initramfs: Some(fds.open(&self.initramfs, OpenOptions::new().read(true))?),
             vsock: self.vsock.then(|| vm.listen(&mut fds)).transpose()?,
-            share: self.share.then(|| vm.share(&mut fds)).transpose()?,
+            share: self.open_share(&mut vm, &mut fds)?,
             disks: self.open_disks(&mut fds)?,
+            pmems: self.open_pmems(&mut fds)?,
+            networks: (0..)
+                .zip(&self.networks)
+                .map(|(number, network)| network.open(number, &mut |fd| fds.push(fd)))
+                .collect::<Result<_>>()?,
             ..VmConfig::new(kvm, kernel, console)
         };
         vm.send(&Request::Boot(config), &fds.0)?;
         Ok(vm)
     }
 
+    fn open_share(&self, vm: &mut Vm, fds: &mut FdArray) -> Result<Option<ShareConfig>> {
+        let Some(change) = self.share else {
+            return Ok(None);
+        };
+        let mut config = vm.share(fds)?;
+        change(&mut config);
+        Ok(Some(config))
+    }
+
     fn open_disks(&self, fds: &mut FdArray) -> Result<Vec<DiskConfig>> {
         let mut disks = Vec::new();
-        for (index, (path, read_only)) in self.disks.iter().enumerate() {
-            let file = fds.open(path, OpenOptions::new().read(true).write(!read_only))?;
-            let serial = format!("disk{index}");
-            disks.push(DiskConfig::new(file, *read_only, &serial));
+        for (path, config) in &self.disks {
+            let write = !config.read_only;
+            let file = fds.open(path, OpenOptions::new().read(true).write(write))?;
+            disks.push(DiskConfig {
+                file,
+                ..config.clone()
+            });
         }
         Ok(disks)
+    }
+
+    fn open_pmems(&self, fds: &mut FdArray) -> Result<Vec<PmemConfig>> {
+        let open = |(path, read_only): &(PathBuf, bool)| {
+            let (file, read_only) = (path, *read_only);
+            let file = fds.open(file, OpenOptions::new().read(true).write(!read_only))?;
+            Ok(PmemConfig { file, read_only })
+        };
+        self.pmems.iter().map(open).collect()
     }
 }
 
@@ -232,21 +321,6 @@ pub struct Vm {
     seen: Vec<Message>,
     share: Option<BindMount>,
     directory: TempDir,
-}
-
-/// How a VMM ended, and what it and its guest said.
-#[derive(Debug)]
-pub struct Ended {
-    /// How the process ended.
-    pub end: End,
-    /// What that means by the contract; `None` for a fault of the VMM itself.
-    pub status: Option<VmmExit>,
-    /// Every message that came on the control socket.
-    pub messages: Vec<Message>,
-    /// The guest's serial console.
-    pub console: String,
-    /// The VMM's standard error.
-    pub stderr: String,
 }
 
 impl Vm {
@@ -328,6 +402,19 @@ impl Vm {
     /// Sends one request.
     pub fn ask(&mut self, request: &Request) -> Result<()> {
         self.send(request, &[])
+    }
+
+    /// Sends one request with these files, and gives its answer.
+    pub fn answer(&mut self, request: &Request, fds: &[OwnedFd]) -> Result<Message> {
+        self.send(request, fds)?;
+        let deadline = Deadline::after(deadline::REQUEST);
+        loop {
+            match self.receive(deadline)? {
+                Some(Message::Booted | Message::GuestReady) => {}
+                Some(message) => return Ok(message),
+                None => bail!("the VMM ended instead of an answer to {request:?}"),
+            }
+        }
     }
 
     fn send(&mut self, request: &Request, fds: &[OwnedFd]) -> Result<()> {
@@ -422,6 +509,12 @@ impl Vm {
         })
     }
 
+    /// Whether the VMM has ended.
+    pub fn has_ended(&mut self) -> Result<bool> {
+        let status = self.child.try_wait().context("cannot look at the VMM")?;
+        Ok(status.is_some())
+    }
+
     /// Closes the test's end of the control socket, as the shim's death does.
     pub fn abandon(&mut self) {
         self.control = None;
@@ -458,28 +551,6 @@ impl Drop for Vm {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
-    }
-}
-
-impl Ended {
-    /// Fails unless the VMM ended so.
-    pub fn ends_with(&self, expected: VmmExit) -> Result<&Self> {
-        ensure!(
-            self.status == Some(expected),
-            "expected the end {expected:?}, but it was {self:?}"
-        );
-        Ok(self)
-    }
-
-    /// Fails unless the VMM said at most `lines` lines on standard error, each of them its own.
-    pub fn says_at_most(&self, lines: usize) -> Result<&Self> {
-        let said: Vec<_> = self.stderr.lines().collect();
-        ensure!(
-            said.len() <= lines && said.iter().all(|line| line.starts_with("walnut-vmm: ")),
-            "expected {lines} lines of the VMM's on stderr: {:?}",
-            self.stderr
-        );
-        Ok(self)
     }
 }
 

@@ -1,25 +1,42 @@
 //! The devices that hostile drivers are let loose on. A new device is one more function here and one more target.
 
-use crate::devices::virtio::{
-    VirtioDevice,
-    balloon::Balloon,
-    block::{Block, Disk},
-    fs::{FileSystem, ShareServer},
-    rng::Rng,
-    vsock::Vsock,
+use crate::devices::{
+    console_log::ConsoleLog,
+    virtio::{
+        SharedRegion, VirtioDevice,
+        balloon::Balloon,
+        block::Block,
+        console::Console,
+        fs::{FileSystem, ShareServer},
+        mem::MemoryDevice,
+        net::Network,
+        pmem::Pmem,
+        rng::Rng,
+        vsock::Vsock,
+    },
 };
 use rustix::fs::{MemfdFlags, memfd_create};
 use std::{
     any::Any,
     fs::{self, File},
     io::Write,
-    os::unix::net::{UnixListener, UnixStream},
+    os::unix::net::{UnixDatagram, UnixListener, UnixStream},
 };
+use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
-use walnut_vmm_api::connect_line;
+use walnut_vmm_api::{DiskConfig, FdSlot, NetworkConfig, connect_line};
 
-/// Bytes of the disk.
-const DISK_BYTES: u64 = 1 << 20;
+/// Bytes of each file behind a device.
+const FILE_BYTES: u64 = 1 << 20;
+/// What the guest boots with, as far as it matters to its devices.
+const RAM_MIB: u32 = 128;
+/// Where devices show memory.
+const ABOVE_RAM: SharedRegion = SharedRegion {
+    address: GuestAddress(4 << 30),
+    bytes: 512 << 20,
+};
+/// The interface's address.
+const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 /// The guest's context id.
 const CID: u64 = 42;
 
@@ -50,16 +67,58 @@ pub(super) fn entropy() -> Subject {
 }
 
 pub(super) fn balloon() -> Subject {
-    Subject::new(Balloon::new(), Vec::new(), ())
+    Subject::new(Balloon::new(RAM_MIB).expect(HOST), Vec::new(), ())
+}
+
+fn file(name: &str) -> File {
+    let file = File::from(memfd_create(name, MemfdFlags::CLOEXEC).expect(HOST));
+    file.set_len(FILE_BYTES).expect(HOST);
+    file
 }
 
 pub(super) fn disk() -> Subject {
-    let file = File::from(memfd_create("disk", MemfdFlags::CLOEXEC).expect(HOST));
-    file.set_len(DISK_BYTES).expect(HOST);
-    let disk = Disk::new(file, false, "fuzz").expect(HOST);
+    let config = DiskConfig::new(FdSlot(0), false, "fuzz");
+    let disk = Block::new(file("disk"), &config).expect(HOST);
     // A read of the second sector.
     let request = [0, 1_u64].map(u64::to_le_bytes).concat();
-    Subject::new(Block::new(disk), request, ())
+    Subject::new(disk, request, ())
+}
+
+pub(super) fn persistent() -> Subject {
+    let device = Pmem::new(file("pmem"), ABOVE_RAM);
+    Subject::new(device, vec![0; 4], ())
+}
+
+pub(super) fn console() -> Subject {
+    let log = ConsoleLog::new(file("console"));
+    Subject::new(Console::new(log), b"printed\n".to_vec(), ())
+}
+
+pub(super) fn memory() -> Subject {
+    let device = MemoryDevice::new(ABOVE_RAM, RAM_MIB);
+    let control = device.control();
+    control.set_size(RAM_MIB + 256).expect(HOST);
+    // Plug one block at the region's start: operation, padding, address, blocks.
+    let plug = [0, ABOVE_RAM.address.0, 1].map(u64::to_le_bytes).concat();
+    Subject::new(device, plug, control)
+}
+
+pub(super) fn network() -> Subject {
+    let (tap, host) = UnixDatagram::pair().expect(HOST);
+    tap.set_nonblocking(true).expect(HOST);
+    host.send(&[7; 200]).expect(HOST);
+    let config = NetworkConfig {
+        taps: vec![FdSlot(0)],
+        vhost: Vec::new(),
+        mac: MAC,
+        mtu: 1500,
+        receive_rate: None,
+        transmit_rate: None,
+    };
+    let device = Network::of_socket(&config, tap.into()).expect(HOST);
+    // A frame without offloads: twelve bytes of header, addresses, a type.
+    let frame = [[0; 12].as_slice(), &[0xff; 12], &[8, 0], &[0x45; 40]].concat();
+    Subject::new(device, frame, host)
 }
 
 pub(super) fn share() -> Subject {
@@ -67,13 +126,13 @@ pub(super) fn share() -> Subject {
     fs::write(directory.path().join("file"), b"content").expect(HOST);
     let path = directory.path().to_str().expect(HOST);
     let pending = ShareServer::before_jail(path).expect(HOST);
-    let server = pending.after_jail().expect(HOST);
+    let server = pending.after_jail(false, None).expect(HOST);
     // FUSE_LOOKUP of "file" in the root: length, operation, unique, node, user, group, process, padding.
     let mut lookup = [45_u32, 1, 7, 0, 1, 0, 0, 0, 0, 0]
         .map(u32::to_le_bytes)
         .concat();
     lookup.extend(b"file\0");
-    Subject::new(FileSystem::new("fuzz", server), lookup, directory)
+    Subject::new(FileSystem::new("fuzz", server, 1), lookup, directory)
 }
 
 pub(super) fn socket() -> Subject {

@@ -32,7 +32,11 @@ pub const TARGETS: &[Target] = &[
     ("transport", transport),
     ("device_balloon", device_balloon),
     ("device_block", device_block),
+    ("device_console", device_console),
     ("device_fs", device_fs),
+    ("device_mem", device_mem),
+    ("device_net", device_net),
+    ("device_pmem", device_pmem),
     ("device_vsock", device_vsock),
 ];
 
@@ -125,6 +129,26 @@ pub fn device_balloon(data: &[u8]) {
 /// A disk.
 pub fn device_block(data: &[u8]) {
     whole(devices::disk(), data);
+}
+
+/// The console.
+pub fn device_console(data: &[u8]) {
+    whole(devices::console(), data);
+}
+
+/// The memory device.
+pub fn device_mem(data: &[u8]) {
+    whole(devices::memory(), data);
+}
+
+/// A network interface, with a frame that waits.
+pub fn device_net(data: &[u8]) {
+    whole(devices::network(), data);
+}
+
+/// A persistent memory.
+pub fn device_pmem(data: &[u8]) {
+    whole(devices::persistent(), data);
 }
 
 /// The shared directory.
@@ -232,6 +256,18 @@ mod tests {
     #[test]
     fn a_disk_survives_any_driver() {
         survives("device_block", 150);
+    }
+
+    #[test]
+    fn consoles_and_memories_survive_any_driver() {
+        for name in ["device_console", "device_mem", "device_pmem"] {
+            survives(name, 50);
+        }
+    }
+
+    #[test]
+    fn a_network_survives_any_driver() {
+        survives("device_net", 150);
     }
 
     #[test]
