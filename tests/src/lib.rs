@@ -5,6 +5,7 @@
 
 pub mod agent;
 pub mod answer;
+pub mod bare;
 pub mod bundle;
 pub mod command;
 pub mod ctr;

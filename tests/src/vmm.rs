@@ -114,6 +114,13 @@ impl VmBuilder {
         self
     }
 
+    /// Adds a socket device.
+    #[must_use]
+    pub fn socket(mut self) -> Self {
+        self.vsock = true;
+        self
+    }
+
     /// Sets the number of vCPUs.
     #[must_use]
     pub fn vcpus(mut self, vcpus: u8) -> Self {
