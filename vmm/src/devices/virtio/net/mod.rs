@@ -111,6 +111,12 @@ impl Network {
         Self::with_taps(config, taps, backends)
     }
 
+    /// A device whose tap is a datagram socket, for fuzzers.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(crate) fn of_socket(config: &NetworkConfig, socket: OwnedFd) -> Result<Self, NetError> {
+        Self::with_taps(config, vec![Tap::of_socket(socket)], Vec::new())
+    }
+
     fn with_taps(
         config: &NetworkConfig,
         taps: Vec<Tap>,
