@@ -18,8 +18,10 @@ use crate::{
             vsock::{Vsock, VsockError},
         },
     },
-    jail::{self, JailError, Root},
+    event_loop::Threads,
+    jail::{Apart, JailError, Root},
     machine::{Machine, MachineError, RunningMachine},
+    seccomp::{Filter, Kind, SeccompError},
 };
 use std::{
     fs::File,
@@ -53,6 +55,12 @@ pub enum BootError {
     /// Confinement.
     #[error("the VMM cannot confine itself")]
     Jail(#[from] JailError),
+    /// The threads that start others.
+    #[error("cannot start the thread that starts the devices' threads")]
+    Threads(#[source] io::Error),
+    /// Filters.
+    #[error("the VMM cannot filter its system calls")]
+    Seccomp(#[from] SeccompError),
     /// An event file descriptor.
     #[error("cannot make an event file descriptor")]
     Event(#[source] io::Error),
@@ -65,9 +73,13 @@ impl BootError {
             Self::Files(_) => FailureKind::Config,
             Self::Image(_) => FailureKind::Image,
             Self::Machine(error) => error.kind(),
-            Self::Disk(_) | Self::Share(_) | Self::Vsock(_) | Self::Jail(_) | Self::Event(_) => {
-                FailureKind::Internal
-            }
+            Self::Disk(_)
+            | Self::Share(_)
+            | Self::Vsock(_)
+            | Self::Jail(_)
+            | Self::Threads(_)
+            | Self::Seccomp(_)
+            | Self::Event(_) => FailureKind::Internal,
         }
     }
 }
@@ -90,8 +102,10 @@ pub fn boot(config: &VmConfig, files: &mut Files) -> Result<Booted, BootError> {
     add_reset(&mut machine)?;
     let ready = EventFd::new(EFD_NONBLOCK).map_err(BootError::Event)?;
 
+    let apart = enter_namespaces(config, files)?;
     let share = prepare_share(config)?;
-    enter_jail(config, files)?;
+    apart.confine()?;
+    machine.use_threads(Threads::confined().map_err(BootError::Threads)?);
 
     machine.add_virtio(Box::new(Rng::new()))?;
     machine.add_virtio(Box::new(Balloon::new()))?;
@@ -100,8 +114,10 @@ pub fn boot(config: &VmConfig, files: &mut Files) -> Result<Booted, BootError> {
     for disk in &config.disks {
         add_disk(&mut machine, disk, files)?;
     }
+    let machine = machine.finish(config, loaded)?;
+    Filter::of(Kind::Control)?.enter()?;
     Ok(Booted {
-        machine: machine.finish(config, loaded)?,
+        machine,
         console,
         ready,
     })
@@ -139,7 +155,7 @@ fn add_reset(machine: &mut Machine) -> Result<(), BootError> {
     Ok(())
 }
 
-/// What the file server needs of the host's root, before that is out of reach.
+/// What the file server needs of the private /proc, before that is out of reach.
 fn prepare_share(config: &VmConfig) -> Result<Option<(String, PendingShare)>, BootError> {
     let Some(share) = &config.share else {
         return Ok(None);
@@ -148,12 +164,12 @@ fn prepare_share(config: &VmConfig) -> Result<Option<(String, PendingShare)>, Bo
     Ok(Some((share.tag.clone(), ShareServer::before_jail("/")?)))
 }
 
-fn enter_jail(config: &VmConfig, files: &mut Files) -> Result<(), BootError> {
+fn enter_namespaces(config: &VmConfig, files: &mut Files) -> Result<Apart, BootError> {
     let root = match &config.share {
         Some(share) => Root::Share(files.take(share.directory)?),
         None => Root::Empty,
     };
-    Ok(jail::enter(root)?)
+    Ok(Apart::enter(root)?)
 }
 
 fn add_vsock(

@@ -11,6 +11,7 @@ pub mod event_loop;
 pub mod jail;
 pub mod machine;
 pub mod memory;
+pub mod seccomp;
 pub mod session;
 pub mod vcpu;
 pub mod vm;

@@ -16,6 +16,7 @@ use crate::{
         VirtioDevice,
         mmio::{QUEUE_NOTIFY, REGISTERS_BYTES, Transport, TransportError},
     },
+    event_loop::Threads,
     memory::{self, MemoryError},
     vcpu::{self, VcpuError, Vcpus},
     vm::{Vm, VmError},
@@ -88,6 +89,7 @@ pub struct Machine {
     memory: GuestMemoryMmap,
     ram_bytes: u64,
     bus: Bus,
+    threads: Threads,
     virtio: Vec<Allocation>,
 }
 
@@ -118,6 +120,7 @@ impl Machine {
                 layout::device_memory(ram_bytes).0,
                 interrupts,
             ),
+            threads: Threads::default(),
             virtio: Vec::new(),
         })
     }
@@ -149,11 +152,16 @@ impl Machine {
         Ok(self.bus.add_ports(base, count, device)?)
     }
 
+    /// Says where the threads of virtio devices that are added from now on come from.
+    pub fn use_threads(&mut self, threads: Threads) {
+        self.threads = threads;
+    }
+
     /// Puts a virtio device behind a transport, with its interrupt and its kicks.
     pub fn add_virtio(&mut self, device: Box<dyn VirtioDevice>) -> Result<(), MachineError> {
         let place = self.bus.allocate(REGISTERS_BYTES)?;
         let irqfd = Arc::new(self.interrupt(place.interrupt)?);
-        let transport = Transport::new(device, self.memory.clone(), irqfd)?;
+        let transport = Transport::new(device, self.memory.clone(), self.threads.clone(), irqfd)?;
         for (index, kick) in (0..).zip(transport.kicks()) {
             self.vm
                 .attach_kick(kick, place.base + QUEUE_NOTIFY, index)?;

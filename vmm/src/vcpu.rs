@@ -11,7 +11,8 @@
 use crate::{
     arch::x86_64::registers,
     bus::{Bus, Effect},
-    event_loop::STACK_BYTES,
+    event_loop::start_confined,
+    seccomp::{Filter, Kind, SeccompError},
 };
 use kvm_bindings::{Msrs, kvm_run};
 use kvm_ioctls::{VcpuExit, VcpuFd};
@@ -24,7 +25,7 @@ use std::{
         atomic::{AtomicU64, Ordering},
         mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel},
     },
-    thread::{Builder, JoinHandle},
+    thread::JoinHandle,
     time::{Duration, Instant},
 };
 use vm_memory::GuestAddress;
@@ -54,6 +55,9 @@ pub enum VcpuError {
     /// The signal's handler cannot be set.
     #[error("cannot handle the signal that stops vCPUs")]
     Signal(#[source] errno::Error),
+    /// What confines its thread cannot be made.
+    #[error("cannot confine vCPUs")]
+    Filter(#[from] SeccompError),
     /// The thread cannot be started.
     #[error("cannot start the thread of vCPU {id}")]
     Thread {
@@ -290,6 +294,7 @@ impl Vcpus {
         register_signal_handler(SIGRTMIN(), on_signal).map_err(VcpuError::Signal)?;
         let ended = EventFd::new(EFD_NONBLOCK).map_err(VcpuError::Event)?;
         let counters = Arc::<Counters>::default();
+        let filter = Filter::of(Kind::Vcpu)?;
         let (sender, ends) = channel();
         let mut handles = Vec::new();
         for (id, fd) in (0..).zip(fds) {
@@ -302,15 +307,13 @@ impl Vcpus {
                 commands: receiver,
             };
             let report = (sender.clone(), ended.try_clone().map_err(VcpuError::Event)?);
-            let thread = Builder::new()
-                .name(format!("vcpu{id}"))
-                .stack_size(STACK_BYTES)
-                .spawn(move || {
-                    let end = vcpu.live();
-                    // Nobody listens any more only when the process ends.
-                    let _ = report.0.send(end);
-                    let _ = report.1.write(1);
-                })
+            let live = move || {
+                let end = vcpu.live();
+                // Nobody listens any more only when the process ends.
+                let _ = report.0.send(end);
+                let _ = report.1.write(1);
+            };
+            let thread = start_confined(filter.clone(), &format!("vcpu{id}"), live)
                 .map_err(|source| VcpuError::Thread { id, source })?;
             handles.push(Handle { commands, thread });
         }

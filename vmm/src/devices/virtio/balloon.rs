@@ -5,7 +5,7 @@
 //! inflated: its target size is zero.
 
 use super::{ActivateError, Activation, DeviceType, VirtioDevice, queue};
-use crate::{arch::x86_64::layout::PAGE_BYTES, event_loop::Worker, memory};
+use crate::{arch::x86_64::layout::PAGE_BYTES, event_loop::Worker, memory, seccomp::Kind};
 use virtio_queue::{DescriptorChain, desc::split::Descriptor};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
@@ -53,7 +53,7 @@ impl VirtioDevice for Balloon {
             return Ok(());
         };
         let (memory, interrupt) = (activation.memory, activation.interrupt);
-        let worker = Worker::spawn("balloon", move |stop| {
+        let worker = activation.threads.spawn(Kind::Balloon, "balloon", move |stop| {
             queue::serve(active, &memory, &interrupt, &stop, |chain| {
                 take_back(&memory, chain)
             });

@@ -1,7 +1,7 @@
 //! Entropy device (virtio 1.3, section 5.4): fills the driver's buffers from the host's random generator.
 
 use super::{ActivateError, Activation, DeviceType, VirtioDevice, queue};
-use crate::event_loop::Worker;
+use crate::{event_loop::Worker, seccomp::Kind};
 use rustix::rand::{GetRandomFlags, getrandom};
 use virtio_queue::{DescriptorChain, desc::split::Descriptor};
 use vm_memory::{Bytes, GuestMemoryMmap};
@@ -41,7 +41,7 @@ impl VirtioDevice for Rng {
     fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
         let active = activation.queues.pop().flatten();
         let active = active.ok_or(ActivateError::MissingQueue { index: 0 })?;
-        let worker = Worker::spawn("rng", move |stop| {
+        let worker = activation.threads.spawn(Kind::Entropy, "rng", move |stop| {
             let memory = &activation.memory;
             queue::serve(active, memory, &activation.interrupt, &stop, |chain| {
                 fill(memory, chain)
@@ -123,6 +123,7 @@ mod tests {
             queues: vec![Some(active)],
             features: 0,
             interrupt: Interrupt::new(irqfd.clone()),
+            threads: crate::event_loop::Threads::default(),
         })
         .unwrap();
         kick.write(1).unwrap();

@@ -7,7 +7,7 @@ pub mod request;
 
 use self::request::{Operation, Piece, Request};
 use super::{ActivateError, Activation, DeviceType, VirtioDevice, queue};
-use crate::{event_loop::Worker, memory};
+use crate::{event_loop::Worker, memory, seccomp::Kind};
 use std::{
     fs::File,
     io::{self, Seek, SeekFrom},
@@ -205,7 +205,7 @@ impl VirtioDevice for Block {
         let active = activation.queues.pop().flatten();
         let active = active.ok_or(ActivateError::MissingQueue { index: 0 })?;
         let disk = self.disk.clone();
-        let worker = Worker::spawn("block", move |stop| {
+        let worker = activation.threads.spawn(Kind::Block, "block", move |stop| {
             let memory = &activation.memory;
             queue::serve(active, memory, &activation.interrupt, &stop, |chain| {
                 disk.handle(memory, chain)

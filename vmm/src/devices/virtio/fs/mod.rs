@@ -9,7 +9,7 @@ mod server;
 pub use self::server::{FsError, PendingShare, ShareServer};
 
 use super::{ActivateError, Activation, DeviceType, VirtioDevice, queue};
-use crate::event_loop::Worker;
+use crate::{event_loop::Worker, seccomp::Kind};
 use std::sync::Arc;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -77,7 +77,10 @@ impl VirtioDevice for FileSystem {
                     server.answer(&memory, chain)
                 });
             };
-            let thread = Worker::spawn(name, serve).map_err(ActivateError::Thread)?;
+            let threads = &activation.threads;
+            let thread = threads
+                .spawn(Kind::Share, name, serve)
+                .map_err(ActivateError::Thread)?;
             self.threads.push(thread);
         }
         Ok(())
