@@ -325,9 +325,11 @@ fn describe_status(status: Option<ExitStatus>) -> String {
             Some(exit) => exit.describe().to_owned(),
             None => format!("walnut-vmm failed with status {code}"),
         },
-        (None, Some(libc::SIGSYS)) => "walnut-vmm was killed for a system call that its jail forbids \
+        (None, Some(libc::SIGSYS)) => {
+            "walnut-vmm was killed for a system call that its jail forbids \
              (SIGSYS; the host's audit log, `dmesg | grep type=1326`, tells which)"
-            .to_owned(),
+                .to_owned()
+        }
         (None, Some(signal)) => format!("walnut-vmm was killed by signal {signal}"),
         (None, None) => "walnut-vmm ended".to_owned(),
     }

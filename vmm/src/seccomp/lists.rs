@@ -86,12 +86,7 @@ pub(super) const EVERY: &[Call] = calls![
 ];
 
 /// The control socket, and the signal that takes vCPUs out of the guest.
-pub(super) const CONTROL: &[Call] = calls![
-    SYS_recvfrom,
-    SYS_sendto,
-    SYS_getpid,
-    SYS_tgkill,
-];
+pub(super) const CONTROL: &[Call] = calls![SYS_recvfrom, SYS_sendto, SYS_getpid, SYS_tgkill,];
 
 /// The guest's processor; the state of the processor for an error's text; the event by which a worker is stopped,
 /// made when the guest's driver starts its device.

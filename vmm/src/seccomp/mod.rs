@@ -153,3 +153,58 @@ impl Call {
         SeccompRule::new(vec![condition]).map(Some)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    const THREAT_MODEL: &str = include_str!("../../../docs/threat-model.md");
+
+    fn names(calls: &[Call]) -> BTreeSet<&str> {
+        let names = calls.iter().map(|call| &call.name["SYS_".len()..]);
+        names.collect()
+    }
+
+    /// The calls of the row of the threat model's table that begins so.
+    fn documented(row: &str) -> BTreeSet<&'static str> {
+        let begin = format!("| {row} |");
+        let line = THREAT_MODEL.lines().find(|line| line.starts_with(&begin));
+        let line = line.unwrap_or_else(|| panic!("no row {row}"));
+        let column = line.split('|').nth(2).unwrap();
+        column.split('`').skip(1).step_by(2).collect()
+    }
+
+    #[test]
+    fn the_threat_model_names_the_calls_of_each_kind_of_thread() {
+        for (row, calls) in [
+            ("every thread", lists::EVERY),
+            ("control", lists::CONTROL),
+            ("vcpu", lists::VCPU),
+            ("spawner", lists::SPAWNER),
+            ("block", lists::BLOCK),
+            ("share", lists::SHARE),
+            ("vsock", lists::VSOCK),
+            ("entropy", lists::ENTROPY),
+            ("balloon", lists::BALLOON),
+        ] {
+            assert_eq!(documented(row), names(calls), "{row}");
+        }
+    }
+
+    #[test]
+    fn every_kind_has_a_filter_and_the_spawner_allows_what_its_workers_may() {
+        for kind in Kind::ALL {
+            Filter::of(kind).unwrap();
+        }
+        let spawner = Kind::Spawner.calls();
+        for worker in Kind::ALL.into_iter().filter(|kind| *kind > Kind::Spawner) {
+            for call in worker.calls() {
+                assert!(spawner.contains(&call), "{worker:?} needs {call:?}");
+            }
+        }
+        for forbidden in ["execve", "socket", "mount", "ptrace", "open_by_handle_at"] {
+            assert!(!names(&spawner).contains(forbidden));
+        }
+    }
+}

@@ -53,11 +53,13 @@ impl VirtioDevice for Balloon {
             return Ok(());
         };
         let (memory, interrupt) = (activation.memory, activation.interrupt);
-        let worker = activation.threads.spawn(Kind::Balloon, "balloon", move |stop| {
-            queue::serve(active, &memory, &interrupt, &stop, |chain| {
-                take_back(&memory, chain)
+        let worker = activation
+            .threads
+            .spawn(Kind::Balloon, "balloon", move |stop| {
+                queue::serve(active, &memory, &interrupt, &stop, |chain| {
+                    take_back(&memory, chain)
+                });
             });
-        });
         self.worker = Some(worker.map_err(ActivateError::Thread)?);
         Ok(())
     }

@@ -473,7 +473,8 @@ mod tests {
             let irqfd = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
             let seen = Arc::<Mutex<Seen>>::default();
             let device = Box::new(Probe(seen.clone()));
-            let transport = Transport::new(device, memory, Threads::default(), irqfd.clone()).unwrap();
+            let transport =
+                Transport::new(device, memory, Threads::default(), irqfd.clone()).unwrap();
             Self {
                 transport,
                 irqfd,
