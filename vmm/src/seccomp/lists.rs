@@ -61,8 +61,9 @@ pub(super) const EVERY: &[Call] = calls![
     SYS_munmap,
     SYS_brk,
     SYS_madvise if Is(2, MADV_DONTNEED),
-    // The allocator's number of arenas, and the ends of a stack.
+    // The allocator's number of arenas, the ends of a stack, and a thread's own number.
     SYS_sched_getaffinity,
+    SYS_gettid,
     // Locks, channels and joins; waits for events; time where it is no memory read.
     SYS_futex,
     SYS_sched_yield,
