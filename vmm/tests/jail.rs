@@ -2,6 +2,10 @@
     unsafe_code,
     reason = "asks the kernel by number for what no safe function offers"
 )]
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test, of which the lint knows only the functions marked so"
+)]
 //! The jail from inside: what a VMM that was taken over would ask the kernel for, asked by each kind of thread.
 //!
 //! A process can't leave the jail, and a forbidden call ends it, so that each question is asked by a child: this
