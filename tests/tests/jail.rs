@@ -133,11 +133,15 @@ fn own_namespaces(proc: &str) -> Result<Vec<String>> {
 }
 
 fn of_threads(proc: &str, fact: fn(&str) -> Result<String>) -> Result<Vec<String>> {
-    let tasks = entries(&format!("{proc}/task"))?;
-    let facts = tasks
-        .iter()
-        .map(|task| fact(&format!("{proc}/task/{task}")));
-    facts.collect()
+    let mut facts = Vec::new();
+    for task in entries(&format!("{proc}/task"))? {
+        let task = format!("{proc}/task/{task}");
+        // KVM's own, which never runs code of the process.
+        if !name(&task)?.starts_with("kvm-") {
+            facts.push(fact(&task)?);
+        }
+    }
+    Ok(facts)
 }
 
 fn seccomp(task: &str) -> Result<String> {
