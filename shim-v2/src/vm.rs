@@ -4,7 +4,7 @@
 //! Pod's cgroup. It ends by itself when its control socket closes, so it doesn't outlive the shim.
 #![allow(
     unsafe_code,
-    reason = "the VMM's descriptor 3 and cgroup are set between fork and exec"
+    reason = "the VMM's descriptor 3 and cgroup are set between fork and exec, its PID namespace before"
 )]
 
 use crate::{
@@ -15,7 +15,10 @@ use crate::{
     process_file::{self, ProcessFileError},
     state_dir::StateDir,
 };
-use rustix::fs::{Mode, OFlags};
+use rustix::{
+    fs::{Mode, OFlags},
+    thread::{UnshareFlags, unshare_unsafe},
+};
 use std::{
     fs::{self, File},
     future::Future,
@@ -327,6 +330,11 @@ fn describe_status(status: Option<ExitStatus>) -> String {
             Some(exit) => exit.describe().to_owned(),
             None => format!("walnut-vmm failed with status {code}"),
         },
+        (None, Some(libc::SIGSYS)) => {
+            "walnut-vmm was killed for a system call that its jail forbids \
+             (SIGSYS; the host's audit log, `dmesg | grep type=1326`, tells which)"
+                .to_owned()
+        }
         (None, Some(signal)) => format!("walnut-vmm was killed by signal {signal}"),
         (None, None) => "walnut-vmm ended".to_owned(),
     }
@@ -457,7 +465,25 @@ fn spawn(plan: &Plan<'_>, control: OwnedFd) -> Result<Child, VmError> {
     };
     // SAFETY: `enter` makes two system calls on descriptors that it owns and does not allocate.
     unsafe { command.pre_exec(enter) };
-    command.spawn().map_err(failed)
+    spawn_first(&mut command).map_err(failed)
+}
+
+/// Starts `command` as the first process of a PID namespace. The namespace is of the children of the thread that
+/// asks for it, so that is a thread of this purpose; the process is a child of the shim as any other.
+fn spawn_first(command: &mut Command) -> io::Result<Child> {
+    let runtime = tokio::runtime::Handle::current();
+    let spawn = || {
+        let _runtime = runtime.enter();
+        // SAFETY: NEWPID changes nothing for this thread but where its children are, and takes no file
+        // descriptors away.
+        unsafe { unshare_unsafe(UnshareFlags::NEWPID) }?;
+        command.spawn()
+    };
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().name("spawn".to_owned());
+        let child = thread.spawn_scoped(scope, spawn)?.join();
+        child.unwrap_or_else(|_| Err(io::Error::other("the thread that starts it panicked")))
+    })
 }
 
 fn set_oom_score(pid: u32, score: i32) {
@@ -481,6 +507,8 @@ mod tests {
         ] {
             assert_eq!(describe_status(Some(ExitStatus::from_raw(raw))), expected);
         }
+        let forbidden = describe_status(Some(ExitStatus::from_raw(libc::SIGSYS)));
+        assert!(forbidden.contains("its jail forbids") && forbidden.contains("type=1326"));
     }
 
     #[test]

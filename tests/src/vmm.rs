@@ -1,6 +1,10 @@
 //! Starts `walnut-vmm` as the shim does, and tells its story: boot, wait, ask, end.
 //!
-//! Knows the VMM by its contract alone: one control socket, file descriptors, exit statuses.
+//! Knows the VMM by its contract alone: a PID namespace, one control socket, file descriptors, exit statuses.
+#![allow(
+    unsafe_code,
+    reason = "makes the PID namespace that the contract asks for, which has no safe wrapper"
+)]
 
 pub use crate::ended::Ended;
 
@@ -18,6 +22,7 @@ use rustix::{
         AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags,
         SocketType, sendmsg, socketpair,
     },
+    thread::{UnshareFlags, unshare_unsafe},
 };
 use std::{
     fs::{self, File, OpenOptions},
@@ -330,14 +335,14 @@ impl Vm {
         .context("cannot make a control socket")?;
         let stderr = File::create(directory.path().join("stderr")).context("no stderr file")?;
         // The shell puts the socket where the contract wants it and becomes the VMM.
-        let child = Command::new("/bin/sh")
-            .args(["-c", "exec \"$0\" 3<&0 </dev/null"])
+        let mut command = Command::new("/bin/sh");
+        command
+            .args(["-c", "exec env -i \"$0\" 3<&0 </dev/null"])
             .arg(vmm)
             .stdin(theirs)
             .stdout(Stdio::null())
-            .stderr(stderr)
-            .spawn()
-            .context("cannot start the VMM")?;
+            .stderr(stderr);
+        let child = spawn_first(&mut command).context("cannot start the VMM")?;
         Ok(Self {
             child,
             // The calls that this type is used for (send, recv with a timeout) are those of SEQPACKET too.
@@ -536,6 +541,17 @@ impl Drop for Vm {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Starts `command` as the first process of a PID namespace, which is of the children of one thread.
+fn spawn_first(command: &mut Command) -> Result<Child> {
+    let spawn = || {
+        // SAFETY: NEWPID changes nothing for this thread but where its children are.
+        unsafe { unshare_unsafe(UnshareFlags::NEWPID) }.context("cannot make a PID namespace")?;
+        Ok(command.spawn()?)
+    };
+    let child = std::thread::scope(|scope| scope.spawn(spawn).join());
+    child.unwrap_or_else(|_| bail!("the thread that starts it panicked"))
 }
 
 fn read_lossy(path: &Path) -> String {

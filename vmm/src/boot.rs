@@ -23,11 +23,13 @@ use crate::{
             vsock::{Vsock, VsockError},
         },
     },
+    event_loop::Threads,
     file_mapping::{FileMapping, MappingError},
-    jail::{self, JailError, Root},
+    jail::{Apart, JailError, Root},
     machine::{Machine, MachineError},
     resize::Resize,
     running::RunningMachine,
+    seccomp::{Filter, Kind, SeccompError},
 };
 use std::{
     io,
@@ -71,6 +73,12 @@ pub enum BootError {
     /// Confinement.
     #[error("the VMM cannot confine itself")]
     Jail(#[from] JailError),
+    /// The threads that start others.
+    #[error("cannot start the thread that starts the devices' threads")]
+    Threads(#[source] io::Error),
+    /// Filters.
+    #[error("the VMM cannot filter its system calls")]
+    Seccomp(#[from] SeccompError),
     /// An event file descriptor.
     #[error("cannot make an event file descriptor")]
     Event(#[source] io::Error),
@@ -109,8 +117,10 @@ pub fn boot(config: &VmConfig, files: &mut Files) -> Result<Booted, BootError> {
     add_reset(&mut machine)?;
     let ready = EventFd::new(EFD_NONBLOCK).map_err(BootError::Event)?;
 
+    let apart = enter_namespaces(config, files)?;
     let share = prepare_share(config)?;
-    enter_jail(config, files)?;
+    apart.confine()?;
+    machine.use_threads(Threads::confined().map_err(BootError::Threads)?);
 
     machine.add_virtio(Box::new(Rng::new()))?;
     let resize = Resize {
@@ -129,8 +139,10 @@ pub fn boot(config: &VmConfig, files: &mut Files) -> Result<Booted, BootError> {
     for config in &config.networks {
         machine.add_virtio(Box::new(network(config, files)?))?;
     }
+    let machine = machine.finish(config, loaded)?;
+    Filter::of(Kind::Control)?.enter()?;
     Ok(Booted {
-        machine: machine.finish(config, loaded)?,
+        machine,
         console,
         resize,
         ready,
@@ -200,7 +212,7 @@ fn add_reset(machine: &mut Machine) -> Result<(), BootError> {
     Ok(())
 }
 
-/// What the file server needs of the host's root, before that is out of reach.
+/// What the file server needs of the private /proc, before that is out of reach.
 fn prepare_share(config: &VmConfig) -> Result<Option<(ShareConfig, PendingShare)>, BootError> {
     let Some(share) = &config.share else {
         return Ok(None);
@@ -209,12 +221,12 @@ fn prepare_share(config: &VmConfig) -> Result<Option<(ShareConfig, PendingShare)
     Ok(Some((share.clone(), ShareServer::before_jail("/")?)))
 }
 
-fn enter_jail(config: &VmConfig, files: &mut Files) -> Result<(), BootError> {
+fn enter_namespaces(config: &VmConfig, files: &mut Files) -> Result<Apart, BootError> {
     let root = match &config.share {
         Some(share) => Root::Share(files.take(share.directory)?),
         None => Root::Empty,
     };
-    Ok(jail::enter(root)?)
+    Ok(Apart::enter(root)?)
 }
 
 fn add_vsock(

@@ -31,6 +31,11 @@ pub enum ControlError {
         "file descriptor {CONTROL_FD} is not a SOCK_SEQPACKET socket: walnut-vmm is started by containerd-shim-walnut-v2, not by hand"
     )]
     NotASocket,
+    /// The parent made no PID namespace.
+    #[error(
+        "walnut-vmm is not the first process of a PID namespace: its parent must call unshare(CLONE_NEWPID) and start it from the same thread"
+    )]
+    NotFirst,
     /// The parent hung up before it sent a configuration.
     #[error("the parent closed the control socket before it sent a configuration")]
     NoBoot,
@@ -108,6 +113,10 @@ impl Control {
         if socket_type(borrowed) != Ok(SocketType::SEQPACKET) {
             return Err(ControlError::NotASocket);
         }
+        if !rustix::process::getpid().is_init() {
+            return Err(ControlError::NotFirst);
+        }
+        close_inherited().map_err(failed("close what is not"))?;
         fcntl_setfd(borrowed, FdFlags::CLOEXEC).map_err(failed("keep to itself"))?;
         // SAFETY: it is open, as was just seen, and by the contract nobody else in this process owns it.
         let socket = unsafe { OwnedFd::from_raw_fd(CONTROL_FD) };
@@ -205,6 +214,18 @@ pub fn chain(error: &dyn Error) -> String {
         source = error.source();
     }
     text
+}
+
+/// Closes every descriptor above the contract's, whatever the parent forgot.
+fn close_inherited() -> Result<(), Errno> {
+    let first = CONTROL_FD.unsigned_abs() + 1;
+    // SAFETY: nothing was opened by this process yet, so nobody owns what is closed.
+    match unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, 0) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()
+            .raw_os_error()
+            .map_or(Errno::IO, Errno::from_raw_os_error)),
+    }
 }
 
 fn failed(action: &'static str) -> impl FnOnce(Errno) -> ControlError {

@@ -1,11 +1,13 @@
 //! Threads that wait on file descriptors, for the devices.
 //!
 //! A [`Worker`] is one thread with a small stack and an event that asks it to end; a [`Poll`] is what it
-//! waits on. Must not know what a device is.
+//! waits on; [`Threads`] makes workers. Must not know what a device is.
 
+use crate::seccomp::{Filter, Kind};
 use std::{
     io,
     os::fd::AsRawFd,
+    sync::mpsc::{Receiver, Sender, channel},
     thread::{Builder, JoinHandle},
 };
 use vmm_sys_util::{
@@ -13,8 +15,8 @@ use vmm_sys_util::{
     eventfd::{EFD_NONBLOCK, EventFd},
 };
 
-/// Stack of a device's thread. Only touched pages cost memory.
-pub const STACK_BYTES: usize = 256 * 1024;
+/// Stack of a thread. Only touched pages cost memory.
+const STACK_BYTES: usize = 256 * 1024;
 /// Events taken from the kernel at once.
 const BATCH: usize = 16;
 /// Blocks without a limit: a device has nothing to do until something happens.
@@ -85,21 +87,106 @@ pub struct Worker {
     thread: Option<JoinHandle<()>>,
 }
 
-impl Worker {
+/// What a worker does, and how it is confined.
+struct Job {
+    kind: Kind,
+    name: String,
+    run: Box<dyn FnOnce() + Send>,
+    started: Sender<io::Result<JoinHandle<()>>>,
+}
+
+/// Where workers come from. The default is threads as free as the one that asks for them, for what runs outside
+/// the jail.
+#[derive(Debug, Clone, Default)]
+pub struct Threads {
+    spawner: Option<Sender<Job>>,
+}
+
+impl Threads {
+    /// Workers that are started by a thread of its own, and confined to what their kind may do.
+    pub fn confined() -> io::Result<Self> {
+        let filter = Filter::of(Kind::Spawner).map_err(io::Error::other)?;
+        let (spawner, jobs) = channel();
+        start_confined(filter, "spawner", move || serve_jobs(&jobs))?;
+        Ok(Self {
+            spawner: Some(spawner),
+        })
+    }
+
     /// Starts `run` on a thread of its own. `run` must return soon after the event that it is given becomes
     /// readable.
-    pub fn spawn(name: &str, run: impl FnOnce(EventFd) + Send + 'static) -> io::Result<Self> {
+    pub fn spawn(
+        &self,
+        kind: Kind,
+        name: &str,
+        run: impl FnOnce(EventFd) + Send + 'static,
+    ) -> io::Result<Worker> {
         let stop = EventFd::new(EFD_NONBLOCK)?;
         let seen_by_thread = stop.try_clone()?;
-        let thread = Builder::new()
-            .name(name.to_owned())
-            .stack_size(STACK_BYTES)
-            .spawn(move || run(seen_by_thread))?;
-        Ok(Self {
+        let thread = self.start(kind, name, move || run(seen_by_thread))?;
+        Ok(Worker {
             stop,
             thread: Some(thread),
         })
     }
+
+    /// Starts `run` on a thread of its own, which ends as `run` does.
+    pub fn start(
+        &self,
+        kind: Kind,
+        name: &str,
+        run: impl FnOnce() + Send + 'static,
+    ) -> io::Result<JoinHandle<()>> {
+        let Some(spawner) = &self.spawner else {
+            return start(name, run);
+        };
+        let (started, answer) = channel();
+        let job = Job {
+            kind,
+            name: name.to_owned(),
+            run: Box::new(run),
+            started,
+        };
+        let gone = |_| io::Error::other("the spawner has gone");
+        spawner.send(job).map_err(gone)?;
+        answer.recv().map_err(io::Error::other)?
+    }
+}
+
+/// The spawner's life: until nobody can ask any more.
+fn serve_jobs(jobs: &Receiver<Job>) {
+    for job in jobs {
+        let filter = Filter::of(job.kind).map_err(io::Error::other);
+        let thread = filter.and_then(|filter| start_confined(filter, &job.name, job.run));
+        // One who asked waits for the answer.
+        let _ = job.started.send(thread);
+    }
+}
+
+fn start(name: &str, run: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
+    let builder = Builder::new().name(name.to_owned());
+    builder.stack_size(STACK_BYTES).spawn(run)
+}
+
+/// Starts a thread and waits until it is confined; one that can't be does nothing.
+fn start_confined(
+    filter: Filter,
+    name: &str,
+    run: impl FnOnce() + Send + 'static,
+) -> io::Result<JoinHandle<()>> {
+    let (sender, confined) = channel();
+    let thread = start(name, move || {
+        let entered = filter.enter();
+        let may_run = entered.is_ok();
+        // The starter waits for it.
+        let _ = sender.send(entered);
+        drop(sender);
+        if may_run {
+            run();
+        }
+    })?;
+    let entered = confined.recv().map_err(io::Error::other)?;
+    entered.map_err(io::Error::other).map(|()| thread)
 }
 
 impl Drop for Worker {
@@ -123,7 +210,8 @@ mod tests {
         let kick = EventFd::new(EFD_NONBLOCK).unwrap();
         let heard = kick.try_clone().unwrap();
         let (sender, receiver) = mpsc::channel();
-        let worker = Worker::spawn("test", move |stop| {
+        let threads = Threads::default();
+        let run = move |stop: EventFd| {
             let mut poll = Poll::new().unwrap();
             poll.add(&stop, 0, EventSet::IN).unwrap();
             poll.add(&heard, 7, EventSet::IN).unwrap();
@@ -136,8 +224,8 @@ mod tests {
                     sender.send(token).unwrap();
                 }
             }
-        })
-        .unwrap();
+        };
+        let worker = threads.spawn(Kind::Entropy, "test", run).unwrap();
         kick.write(1).unwrap();
         assert_eq!(receiver.recv().unwrap(), 7);
         drop(worker);

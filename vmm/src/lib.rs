@@ -17,6 +17,7 @@ pub mod machine;
 pub mod memory;
 pub mod resize;
 pub mod running;
+pub mod seccomp;
 pub mod session;
 pub mod slots;
 pub mod vcpu;

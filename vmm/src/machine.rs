@@ -20,6 +20,7 @@ use crate::{
             mmio::{REGISTERS_BYTES, TransportError},
         },
     },
+    event_loop::Threads,
     file_mapping::{self, FileMapping},
     memory::{self, MemoryError},
     running::RunningMachine,
@@ -122,6 +123,7 @@ pub struct Machine {
     mappings: Vec<FileMapping>,
     windows: Vec<Arc<Window>>,
     bus: Bus,
+    threads: Threads,
     virtio: Vec<Allocation>,
 }
 
@@ -149,6 +151,7 @@ impl Machine {
             mappings: Vec::new(),
             windows: Vec::new(),
             bus,
+            threads: Threads::default(),
             virtio: Vec::new(),
         })
     }
@@ -221,10 +224,22 @@ impl Machine {
         Ok(self.bus.add_ports(base, count, device)?)
     }
 
+    /// Says where the threads of vCPUs and of virtio devices that are added from now on come from.
+    pub fn use_threads(&mut self, threads: Threads) {
+        self.threads = threads;
+    }
+
     /// Puts a virtio device behind a transport, with its interrupt and its kicks.
     pub fn add_virtio(&mut self, device: Box<dyn VirtioDevice>) -> Result<(), MachineError> {
         let place = self.bus.allocate(REGISTERS_BYTES)?;
-        Plugged::new(&self.vm, &self.bus, &self.memory, place, device)?;
+        Plugged::new(
+            &self.vm,
+            &self.bus,
+            &self.memory,
+            &self.threads,
+            place,
+            device,
+        )?;
         self.virtio.push(place);
         Ok(())
     }
@@ -244,7 +259,7 @@ impl Machine {
 
         let supported = self.vm.supported_cpuid()?;
         let bus = Arc::new(self.bus);
-        let mut vcpus = Vcpus::new(bus.clone())?;
+        let mut vcpus = Vcpus::new(bus.clone(), self.threads.clone())?;
         for id in 0..config.vcpus {
             let count = max_vcpus(config);
             let vcpu = make_vcpu(&self.vm, &supported, Place { id, count })?;
@@ -257,6 +272,7 @@ impl Machine {
             vcpus,
             vm: self.vm,
             memory: self.memory,
+            threads: self.threads,
             _mappings: self.mappings,
             _windows: self.windows,
             bus,

@@ -5,6 +5,7 @@ use crate::{
     arch::x86_64::cpuid::Place,
     bus::Bus,
     devices::{ged::EventDevice, virtio::VirtioDevice},
+    event_loop::Threads,
     file_mapping::FileMapping,
     machine::{MachineError, make_vcpu},
     slots::{Plugged, Slots},
@@ -82,6 +83,8 @@ pub struct RunningMachine {
     pub vcpus: Vcpus,
     pub(crate) vm: Vm,
     pub(crate) memory: GuestMemoryMmap,
+    /// Where the threads of what comes later come from.
+    pub(crate) threads: Threads,
     pub(crate) _mappings: Vec<FileMapping>,
     pub(crate) _windows: Vec<Arc<Window>>,
     pub(crate) bus: Arc<Bus>,
@@ -141,7 +144,14 @@ impl RunningMachine {
     /// Puts a device into a free place and tells the guest. Gives the name of the place.
     pub fn attach(&mut self, device: Box<dyn VirtioDevice>) -> Result<String, RunningError> {
         let (index, place) = self.slots.free().ok_or(RunningError::NoPlace)?;
-        let plugged = Plugged::new(&self.vm, &self.bus, &self.memory, place, device)?;
+        let plugged = Plugged::new(
+            &self.vm,
+            &self.bus,
+            &self.memory,
+            &self.threads,
+            place,
+            device,
+        )?;
         let name = self.slots.fill(index, plugged);
         self.events().set_device(index, true);
         Ok(name)

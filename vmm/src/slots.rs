@@ -9,6 +9,7 @@ use crate::{
         VirtioDevice,
         mmio::{QUEUE_NOTIFY, REGISTERS_BYTES, Transport},
     },
+    event_loop::Threads,
     machine::MachineError,
     vm::Vm,
 };
@@ -29,11 +30,12 @@ impl Plugged {
         vm: &Vm,
         bus: &Bus,
         memory: &GuestMemoryMmap,
+        threads: &Threads,
         place: Allocation,
         device: Box<dyn VirtioDevice>,
     ) -> Result<Self, MachineError> {
         let irqfd = Arc::new(EventFd::new(EFD_NONBLOCK).map_err(MachineError::Event)?);
-        let transport = Transport::new(device, memory.clone(), irqfd.clone())?;
+        let transport = Transport::new(device, memory.clone(), threads.clone(), irqfd.clone())?;
         let plugged = Self {
             transport: Arc::new(Mutex::new(transport)),
             irqfd,

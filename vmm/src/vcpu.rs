@@ -12,7 +12,8 @@
 use crate::{
     arch::x86_64::registers,
     bus::{Bus, Effect},
-    event_loop::STACK_BYTES,
+    event_loop::Threads,
+    seccomp::Kind,
 };
 use kvm_bindings::{Msrs, kvm_run};
 use kvm_ioctls::{VcpuExit, VcpuFd};
@@ -26,7 +27,7 @@ use std::{
         atomic::{AtomicU64, Ordering},
         mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel},
     },
-    thread::{Builder, JoinHandle},
+    thread::JoinHandle,
     time::{Duration, Instant},
 };
 use vm_memory::GuestAddress;
@@ -300,6 +301,7 @@ struct Handle {
 /// All vCPU threads of the VM.
 pub struct Vcpus {
     bus: Arc<Bus>,
+    threads: Threads,
     handles: Vec<Handle>,
     reports: Sender<End>,
     ends: Receiver<End>,
@@ -307,12 +309,13 @@ pub struct Vcpus {
 }
 
 impl Vcpus {
-    /// None yet; those to come reach devices by `bus`.
-    pub fn new(bus: Arc<Bus>) -> Result<Self, VcpuError> {
+    /// None yet; those to come reach devices by `bus` and get their threads from `threads`.
+    pub fn new(bus: Arc<Bus>, threads: Threads) -> Result<Self, VcpuError> {
         register_signal_handler(SIGRTMIN(), on_signal).map_err(VcpuError::Signal)?;
         let (reports, ends) = channel();
         Ok(Self {
             bus,
+            threads,
             handles: Vec::new(),
             reports,
             ends,
@@ -333,16 +336,15 @@ impl Vcpus {
         };
         let reports = self.reports.clone();
         let ended = self.ended.try_clone().map_err(VcpuError::Event)?;
-        let thread = Builder::new()
-            .name(format!("vcpu{id}"))
-            .stack_size(STACK_BYTES)
-            .spawn(move || {
-                let end = vcpu.live();
-                // Nobody listens any more only when the process ends.
-                let _ = reports.send(end);
-                let _ = ended.write(1);
-            })
-            .map_err(|source| VcpuError::Thread { id, source })?;
+        let live = move || {
+            let end = vcpu.live();
+            // Nobody listens any more only when the process ends.
+            let _ = reports.send(end);
+            let _ = ended.write(1);
+        };
+        let name = format!("vcpu{id}");
+        let thread = self.threads.start(Kind::Vcpu, &name, live);
+        let thread = thread.map_err(|source| VcpuError::Thread { id, source })?;
         self.handles.push(Handle {
             commands,
             thread,

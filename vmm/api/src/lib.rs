@@ -1,6 +1,8 @@
 //! The contract between the shim and `walnut-vmm`.
 //!
-//! The shim spawns `walnut-vmm` with one end of a `SOCK_SEQPACKET` socket pair as file descriptor
+//! The shim spawns `walnut-vmm` as the first process of a new PID namespace (a thread
+//! calls `unshare(CLONE_NEWPID)` and spawns it; as any other process it refuses to run), with an empty
+//! environment and with one end of a `SOCK_SEQPACKET` socket pair as file descriptor
 //! [`CONTROL_FD`]. Each packet holds one JSON message of at most [`MAX_MESSAGE_BYTES`]; the first one,
 //! [`Request::Boot`], also carries (`SCM_RIGHTS`) every file that the VM needs, and names them by their
 //! position in that array ([`FdSlot`]). The VMM opens nothing by itself.

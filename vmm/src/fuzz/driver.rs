@@ -137,7 +137,12 @@ impl Driver {
         let event = EpollEvent::new(EventSet::IN, 0);
         let added = interrupts.ctl(ControlOperation::Add, irqfd.as_raw_fd(), event);
         added.expect(HOST);
-        let transport = Transport::new(subject.device, memory.clone(), irqfd.clone());
+        let transport = Transport::new(
+            subject.device,
+            memory.clone(),
+            Threads::default(),
+            irqfd.clone(),
+        );
         Self {
             transport: transport.expect(HOST),
             memory,

@@ -50,7 +50,7 @@ impl VirtioDevice for Console {
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let mut log = self.log.clone();
         let index = TRANSMIT_QUEUE;
-        let worker = queue::spawn("console", index, activation, move |memory, chain| {
+        let worker = queue::spawn(Kind::Console, "console", index, activation, move |memory, chain| {
             print(&mut log, memory, chain)
         });
         self.worker = Some(worker?);

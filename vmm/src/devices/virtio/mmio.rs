@@ -5,7 +5,10 @@
 //! reached at set-up and to acknowledge interrupts. Must not know what the device does.
 
 use super::{Activation, ActiveQueue, DEVICE_NEEDS_RESET, Interrupt, VirtioDevice};
-use crate::bus::{BusDevice, Effect};
+use crate::{
+    bus::{BusDevice, Effect},
+    event_loop::Threads,
+};
 use std::{
     io,
     sync::{Arc, atomic::Ordering},
@@ -111,6 +114,7 @@ enum SlotState {
 pub struct Transport {
     device: Box<dyn VirtioDevice>,
     memory: GuestMemoryMmap,
+    threads: Threads,
     interrupt: Interrupt,
     slots: Vec<Slot>,
     selected_queue: usize,
@@ -125,6 +129,7 @@ impl Transport {
     pub fn new(
         device: Box<dyn VirtioDevice>,
         memory: GuestMemoryMmap,
+        threads: Threads,
         irqfd: Arc<EventFd>,
     ) -> Result<Self, TransportError> {
         let mut slots = Vec::new();
@@ -139,6 +144,7 @@ impl Transport {
         Ok(Self {
             device,
             memory,
+            threads,
             interrupt: Interrupt::new(irqfd),
             slots,
             selected_queue: 0,
@@ -314,6 +320,7 @@ impl Transport {
                 queues,
                 features: self.driver_features,
                 interrupt: self.interrupt.clone(),
+                threads: self.threads.clone(),
             })
             .is_some_and(|activation| self.device.activate(activation).is_ok());
         if !result {
@@ -479,7 +486,8 @@ mod tests {
             let irqfd = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
             let seen = Arc::<Mutex<Seen>>::default();
             let device = Box::new(Probe(seen.clone()));
-            let transport = Transport::new(device, memory, irqfd.clone()).unwrap();
+            let transport =
+                Transport::new(device, memory, Threads::default(), irqfd.clone()).unwrap();
             Self {
                 transport,
                 irqfd,

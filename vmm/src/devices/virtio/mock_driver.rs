@@ -1,6 +1,7 @@
 //! The driver's half of a virtqueue, for tests that run a device without a guest.
 
 use super::{Activation, ActiveQueue, Interrupt};
+use crate::event_loop::Threads;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::{
     os::fd::{AsRawFd, BorrowedFd},
@@ -77,6 +78,7 @@ impl Driver {
             queues: active,
             features: 0,
             interrupt: Interrupt::new(irqfd.clone()),
+            threads: Threads::default(),
         };
         let driver = Self {
             memory,

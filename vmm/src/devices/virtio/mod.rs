@@ -19,6 +19,7 @@ mod rate_limit;
 pub mod rng;
 pub mod vsock;
 
+use crate::event_loop::Threads;
 use std::sync::{
     Arc,
     atomic::{AtomicU32, Ordering},
@@ -142,6 +143,8 @@ pub struct Activation {
     pub features: u64,
     /// The way to the driver.
     pub interrupt: Interrupt,
+    /// Where the device's threads come from.
+    pub threads: Threads,
 }
 
 /// Why a device could not start; the transport answers with DEVICE_NEEDS_RESET.

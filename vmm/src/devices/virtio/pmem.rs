@@ -8,7 +8,7 @@
 //! cannot emulate it. This process never touches the mapping. Must not map anything.
 
 use super::{ActivateError, Activation, DeviceType, SharedRegion, VirtioDevice, queue};
-use crate::event_loop::Worker;
+use crate::{event_loop::Worker, seccomp::Kind};
 use std::{
     fs::File,
     io::{self, Read, Write},
@@ -65,7 +65,7 @@ impl VirtioDevice for Pmem {
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let file = self.file.clone();
-        let worker = queue::spawn("pmem", 0, activation, move |memory, chain| {
+        let worker = queue::spawn(Kind::Pmem, "pmem", 0, activation, move |memory, chain| {
             answer(memory, chain, || file.sync_data())
         });
         self.worker = Some(worker?);

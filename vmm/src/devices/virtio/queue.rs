@@ -38,6 +38,7 @@ pub(super) enum QueueError {
 /// Serves one queue of a device, the one at `index`, on a thread of its own. `execute` handles a buffer and gives
 /// the bytes it wrote to it.
 pub(super) fn spawn(
+    kind: Kind,
     name: &str,
     index: usize,
     activation: Activation,
@@ -48,7 +49,8 @@ pub(super) fn spawn(
     let active = activation.queues.into_iter().nth(index).flatten();
     let active = active.ok_or(ActivateError::MissingQueue { index })?;
     let (memory, interrupt) = (activation.memory, activation.interrupt);
-    let worker = Worker::spawn(name, move |stop| {
+    let threads = activation.threads;
+    let worker = threads.spawn(kind, name, move |stop| {
         serve(active, &memory, &interrupt, &stop, |chain| {
             execute(&memory, chain)
         });

@@ -1,7 +1,7 @@
 //! Entropy device (virtio 1.3, section 5.4): fills the driver's buffers from the host's random generator.
 
 use super::{ActivateError, Activation, DeviceType, VirtioDevice, queue};
-use crate::event_loop::Worker;
+use crate::{event_loop::Worker, seccomp::Kind};
 use rustix::rand::{GetRandomFlags, getrandom};
 use virtio_queue::{DescriptorChain, desc::split::Descriptor};
 use vm_memory::{Bytes, GuestMemoryMmap};
@@ -39,7 +39,7 @@ impl VirtioDevice for Rng {
     fn read_config(&self, _offset: u64, _data: &mut [u8]) {}
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        self.worker = Some(queue::spawn("rng", 0, activation, fill)?);
+        self.worker = Some(queue::spawn(Kind::Entropy, "rng", 0, activation, fill)?);
         Ok(())
     }
 
@@ -115,6 +115,7 @@ mod tests {
             queues: vec![Some(active)],
             features: 0,
             interrupt: Interrupt::new(irqfd.clone()),
+            threads: crate::event_loop::Threads::default(),
         })
         .unwrap();
         kick.write(1).unwrap();

@@ -164,7 +164,8 @@ impl VirtioDevice for Balloon {
             .collect();
         let interrupt = activation.interrupt.clone();
         let (control, memory) = (self.control.clone(), activation.memory);
-        let worker = Worker::spawn("balloon", move |stop| {
+        let threads = activation.threads;
+        let worker = threads.spawn(Kind::Balloon, "balloon", move |stop| {
             let sides = Sides {
                 memory: &memory,
                 interrupt: &activation.interrupt,

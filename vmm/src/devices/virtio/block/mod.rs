@@ -18,7 +18,7 @@ use self::{
     worker::{Lane, QueueWorker},
 };
 use super::{ActivateError, Activation, DeviceType, VirtioDevice, rate_limit::RateLimiter};
-use crate::event_loop::Worker;
+use crate::{event_loop::Worker, seccomp::Kind};
 use std::{
     fs::File,
     sync::{Arc, Mutex, PoisonError},
@@ -144,7 +144,7 @@ impl VirtioDevice for Block {
             };
             let (memory, disk) = (memory.clone(), self.disk.clone());
             let interrupt = activation.interrupt.clone();
-            let worker = Worker::spawn("block", move |stop| {
+            let worker = activation.threads.spawn(Kind::Block, "block", move |stop| {
                 let Some(lane) = exchange(&parked, None) else {
                     return interrupt.signal_needs_reset();
                 };

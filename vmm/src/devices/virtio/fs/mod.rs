@@ -14,7 +14,7 @@ mod tree;
 pub use self::server::{FsError, PendingShare, ShareServer};
 
 use super::{ActivateError, Activation, DeviceType, SharedRegion, VirtioDevice, queue};
-use crate::event_loop::Worker;
+use crate::{event_loop::Worker, seccomp::Kind};
 use std::sync::Arc;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -105,7 +105,10 @@ impl VirtioDevice for FileSystem {
             } else {
                 "fs-request"
             };
-            let thread = Worker::spawn(name, serve).map_err(ActivateError::Thread)?;
+            let threads = &activation.threads;
+            let thread = threads
+                .spawn(Kind::Share, name, serve)
+                .map_err(ActivateError::Thread)?;
             self.threads.push(thread);
         }
         Ok(())

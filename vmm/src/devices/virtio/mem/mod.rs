@@ -158,7 +158,7 @@ impl VirtioDevice for MemoryDevice {
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let (control, interrupt) = (self.control.clone(), activation.interrupt.clone());
-        let worker = queue::spawn("mem", 0, activation, move |memory, chain| {
+        let worker = queue::spawn(Kind::Memory, "mem", 0, activation, move |memory, chain| {
             answer(memory, chain, &control)
         });
         self.worker = Some(worker?);

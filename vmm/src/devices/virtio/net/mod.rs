@@ -25,7 +25,7 @@ use super::{
     ActivateError, Activation, ActiveQueue, DeviceType, VirtioDevice, queue,
     rate_limit::RateLimiter,
 };
-use crate::event_loop::Worker;
+use crate::{event_loop::Worker, seccomp::Kind};
 use std::{io, os::fd::OwnedFd, sync::Arc};
 use virtio_bindings::virtio_net::{VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF};
 use virtio_queue::DescriptorChain;
@@ -156,7 +156,7 @@ impl Network {
         let share =
             |limit: &Option<RateLimiter>| limit.as_ref().map(RateLimiter::share).transpose();
         let limits = [share(&self.limits[0])?, share(&self.limits[1])?];
-        let thread = Worker::spawn("net", move |stop| {
+        let thread = activation.threads.spawn(Kind::Network, "net", move |stop| {
             let [receive_limit, transmit_limit] = limits;
             let receive = Ring::new(receive);
             let pair = Pair {
@@ -179,7 +179,8 @@ impl Network {
         activation: Activation,
     ) -> io::Result<()> {
         let (memory, interrupt) = (activation.memory, activation.interrupt);
-        let thread = Worker::spawn("net-control", move |stop| {
+        let threads = activation.threads;
+        let thread = threads.spawn(Kind::NetworkControl, "net-control", move |stop| {
             queue::serve(queue, &memory, &interrupt, &stop, |chain| {
                 control.execute(&memory, chain)
             });

@@ -17,7 +17,7 @@ mod worker;
 
 use self::{muxer::Muxer, worker::Worker as Device};
 use super::{ActivateError, Activation, ActiveQueue, DeviceType, VirtioDevice};
-use crate::event_loop::Worker;
+use crate::{event_loop::Worker, seccomp::Kind};
 use std::{
     io,
     os::{fd::OwnedFd, unix::net::UnixListener},
@@ -97,7 +97,10 @@ impl VirtioDevice for Vsock {
         let device = Device::new(queues, activation.interrupt, epoll, muxer)
             .map_err(ActivateError::Thread)?;
         let memory = activation.memory;
-        let thread = Worker::spawn("vsock", move |stop| device.run(&memory, &stop))
+        let run = move |stop| device.run(&memory, &stop);
+        let threads = activation.threads;
+        let thread = threads
+            .spawn(Kind::Vsock, "vsock", run)
             .map_err(ActivateError::Thread)?;
         self.thread = Some(thread);
         Ok(())
