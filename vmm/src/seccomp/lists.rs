@@ -41,6 +41,7 @@ const PROT_EXEC: u32 = 4;
 const MADV_DONTNEED: u32 = 4;
 const MADV_NOHUGEPAGE: u32 = 15;
 const F_DUPFD_CLOEXEC: u32 = 1030;
+const F_GETFD: u32 = 1;
 const F_GETFL: u32 = 3;
 const F_SETFL: u32 = 4;
 const PR_SET_NAME: u32 = 15;
@@ -71,10 +72,11 @@ pub(super) const EVERY: &[Call] = calls![
     SYS_epoll_ctl,
     SYS_epoll_wait,
     SYS_clock_gettime,
-    // Events, and what is written to standard error.
+    // Events, and what is written to standard error. A debug build looks at a descriptor before it closes it.
     SYS_read,
     SYS_write,
     SYS_close,
+    SYS_fcntl if Is(1, F_GETFD),
     // Seeds of hash maps.
     SYS_getrandom,
     // The end of a thread and of the process, and the return from a signal's handler.
@@ -156,6 +158,8 @@ pub(super) const SHARE: &[Call] = calls![
     SYS_fcntl if Is(1, F_DUPFD_CLOEXEC),
     SYS_fcntl if Is(1, F_GETFL),
     SYS_fcntl if Is(1, F_SETFL),
+    // At the start of a session the umask is set to zero.
+    SYS_umask,
     // The guest's user, for the time of one request; set-user-ID bits that a write must clear.
     SYS_setresuid,
     SYS_setresgid,

@@ -9,7 +9,10 @@ mod server;
 pub use self::server::{FsError, PendingShare, ShareServer};
 
 use super::{ActivateError, Activation, DeviceType, VirtioDevice, queue};
-use crate::{event_loop::Worker, seccomp::Kind};
+use crate::{
+    event_loop::{Threads, Worker},
+    seccomp::Kind,
+};
 use std::sync::Arc;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -28,6 +31,7 @@ pub struct FileSystem {
     config: [u8; CONFIG_BYTES],
     server: Arc<ShareServer>,
     threads: Vec<Worker>,
+    source: Option<Threads>,
 }
 
 impl FileSystem {
@@ -42,6 +46,7 @@ impl FileSystem {
             config,
             server: Arc::new(server),
             threads: Vec::new(),
+            source: None,
         }
     }
 }
@@ -64,6 +69,7 @@ impl VirtioDevice for FileSystem {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        self.source = Some(activation.threads.clone());
         let mut queues = activation.queues.into_iter();
         for (index, name) in THREADS.into_iter().enumerate() {
             let active = queues
@@ -88,7 +94,13 @@ impl VirtioDevice for FileSystem {
 
     fn reset(&mut self) {
         self.threads.clear();
-        self.server.forget_all();
+        // Forgetting opens the root again, which the calling vCPU may not.
+        if let Some(source) = self.source.take() {
+            let server = self.server.clone();
+            let forget = move |_| server.forget_all();
+            // Waited for, as the worker is dropped at once. Without it the server keeps what the guest knew.
+            let _ = source.spawn(Kind::Share, "fs-forget", forget);
+        }
     }
 }
 
