@@ -10,6 +10,8 @@ pub(super) enum Argument {
     Is(u8, u32),
     /// The argument of this index has none of these bits.
     Lacks(u8, u32),
+    /// The argument of this index is a request of an ioctl of this type (its second byte).
+    OfType(u8, u32),
 }
 
 /// A system call that is allowed.
@@ -36,11 +38,26 @@ macro_rules! calls {
 
 const KVM_RUN: u32 = 0xae80;
 const KVM_GET_REGS: u32 = 0x8090_ae81;
+const KVM_KVMCLOCK_CTRL: u32 = 0xaead;
+const KVM_IRQFD: u32 = 0x4020_ae76;
+const KVM_IOEVENTFD: u32 = 0x4040_ae79;
+const KVM_CREATE_VCPU: u32 = 0xae41;
+const KVM_SET_CPUID2: u32 = 0x4008_ae90;
+const KVM_SET_MSRS: u32 = 0x4008_ae89;
+const TUNSETOFFLOAD: u32 = 0x4004_54d0;
+const TUNGETIFF: u32 = 0x8004_54d2;
+const TUNSETVNETHDRSZ: u32 = 0x4004_54d8;
+const TUNSETQUEUE: u32 = 0x4004_54d9;
+/// Type of the requests of `/dev/vhost-net`.
+const VHOST: u32 = 0xaf;
+const BLKDISCARD: u32 = 0x1277;
 const FIONBIO: u32 = 0x5421;
+const CLONE_FS: u32 = 0x200;
 const PROT_EXEC: u32 = 4;
 const MADV_DONTNEED: u32 = 4;
 const MADV_NOHUGEPAGE: u32 = 15;
 const F_DUPFD_CLOEXEC: u32 = 1030;
+const F_GETFD: u32 = 1;
 const F_GETFL: u32 = 3;
 const F_SETFL: u32 = 4;
 const PR_SET_NAME: u32 = 15;
@@ -71,10 +88,11 @@ pub(super) const EVERY: &[Call] = calls![
     SYS_epoll_ctl,
     SYS_epoll_wait,
     SYS_clock_gettime,
-    // Events, and what is written to standard error.
+    // Events, and what is written to standard error. A debug build looks at a descriptor before it closes it.
     SYS_read,
     SYS_write,
     SYS_close,
+    SYS_fcntl if Is(1, F_GETFD),
     // Seeds of hash maps.
     SYS_getrandom,
     // The end of a thread and of the process, and the return from a signal's handler.
@@ -86,16 +104,48 @@ pub(super) const EVERY: &[Call] = calls![
     SYS_exit_group,
 ];
 
-/// The control socket, and the signal that takes vCPUs out of the guest.
-pub(super) const CONTROL: &[Call] = calls![SYS_recvfrom, SYS_sendto, SYS_getpid, SYS_tgkill,];
-
-/// The guest's processor; the state of the processor for an error's text; the event by which a worker is stopped,
-/// made when the guest's driver starts its device.
-pub(super) const VCPU: &[Call] = calls![
-    SYS_ioctl if Is(1, KVM_RUN),
-    SYS_ioctl if Is(1, KVM_GET_REGS),
+/// What a device does when its driver starts it or lets go of it: events and timers of its workers, what the tap and
+/// the host's kernel are told of the driver's wishes, memory that the driver no longer has.
+pub(super) const DRIVER: &[Call] = calls![
     SYS_eventfd2,
     SYS_fcntl if Is(1, F_DUPFD_CLOEXEC),
+    SYS_timerfd_create,
+    SYS_ioctl if Is(1, TUNSETOFFLOAD),
+    SYS_ioctl if Is(1, TUNSETQUEUE),
+    SYS_ioctl if OfType(1, VHOST),
+    SYS_madvise if Is(2, MADV_NOHUGEPAGE),
+];
+
+/// The control socket; the signal that takes vCPUs out of the guest; devices and vCPUs that come and go while the
+/// VM runs, whose files the parent sends.
+pub(super) const CONTROL: &[Call] = calls![
+    SYS_recvfrom,
+    SYS_recvmsg,
+    SYS_sendto,
+    SYS_getpid,
+    SYS_tgkill,
+    SYS_ioctl if Is(1, KVM_IRQFD),
+    SYS_ioctl if Is(1, KVM_IOEVENTFD),
+    SYS_ioctl if Is(1, KVM_CREATE_VCPU),
+    SYS_ioctl if Is(1, KVM_SET_CPUID2),
+    SYS_ioctl if Is(1, KVM_SET_MSRS),
+    SYS_ioctl if Is(1, TUNGETIFF),
+    SYS_ioctl if Is(1, TUNSETVNETHDRSZ),
+    SYS_ioctl if Is(1, BLKDISCARD),
+    SYS_ioctl if Is(1, FIONBIO),
+    SYS_lseek,
+    SYS_fstat,
+    SYS_newfstatat,
+    SYS_fallocate,
+    SYS_io_uring_setup,
+    SYS_io_uring_register,
+];
+
+/// The guest's processor, its clock after a pause, and its state for an error's text.
+pub(super) const VCPU: &[Call] = calls![
+    SYS_ioctl if Is(1, KVM_RUN),
+    SYS_ioctl if Is(1, KVM_KVMCLOCK_CTRL),
+    SYS_ioctl if Is(1, KVM_GET_REGS),
 ];
 
 /// Starting a thread, which sets itself up and then narrows its filter.
@@ -112,8 +162,26 @@ pub(super) const SPAWNER: &[Call] = calls![
     SYS_seccomp if Is(0, SECCOMP_SET_MODE_FILTER),
 ];
 
-/// The disk's file.
-pub(super) const BLOCK: &[Call] = calls![SYS_pread64, SYS_pwrite64, SYS_fdatasync];
+/// The disk's file, by a ring that was made before and knows that file alone, or without one; the rate's timer.
+pub(super) const BLOCK: &[Call] = calls![
+    SYS_io_uring_enter,
+    SYS_pread64,
+    SYS_pwrite64,
+    SYS_fdatasync,
+    SYS_fallocate,
+    SYS_ioctl if Is(1, BLKDISCARD),
+    SYS_timerfd_settime,
+];
+
+/// Packets from and to the tap; the rates' timers.
+pub(super) const NETWORK: &[Call] = calls![SYS_readv, SYS_writev, SYS_timerfd_settime];
+
+/// The number of the tap's queues, and its offloads.
+pub(super) const NETWORK_CONTROL: &[Call] = calls![
+    SYS_ioctl if Is(1, TUNSETOFFLOAD),
+    SYS_ioctl if Is(1, TUNSETQUEUE),
+    SYS_ioctl if OfType(1, VHOST),
+];
 
 /// The files of the share, by descriptors below its root and in the guest's users' names. No handles of files: with
 /// the capability to search directories they reach around the root.
@@ -127,6 +195,13 @@ pub(super) const SHARE: &[Call] = calls![
     SYS_readlinkat,
     SYS_getdents64,
     SYS_lseek,
+    // A thread's own working directory, the private list of descriptors: an extended attribute is reached by it.
+    SYS_unshare if Is(0, CLONE_FS),
+    SYS_fchdir,
+    SYS_getxattr,
+    SYS_listxattr,
+    SYS_setxattr,
+    SYS_removexattr,
     // Data.
     SYS_pread64,
     SYS_pwrite64,
@@ -136,6 +211,7 @@ pub(super) const SHARE: &[Call] = calls![
     SYS_writev,
     SYS_ftruncate,
     SYS_fallocate,
+    SYS_copy_file_range,
     SYS_fsync,
     SYS_fdatasync,
     // Names.
@@ -156,7 +232,8 @@ pub(super) const SHARE: &[Call] = calls![
     SYS_fcntl if Is(1, F_DUPFD_CLOEXEC),
     SYS_fcntl if Is(1, F_GETFL),
     SYS_fcntl if Is(1, F_SETFL),
-    // The guest's user, for the time of one request; set-user-ID bits that a write must clear.
+    // The guest's user and umask, for the time of one request; set-user-ID bits that a write must clear.
+    SYS_umask,
     SYS_setresuid,
     SYS_setresgid,
     SYS_capget,
@@ -177,3 +254,9 @@ pub(super) const ENTROPY: &[Call] = calls![];
 
 /// Keeping a broken huge page broken.
 pub(super) const BALLOON: &[Call] = calls![SYS_madvise if Is(2, MADV_NOHUGEPAGE)];
+
+/// The file that the guest maps.
+pub(super) const PMEM: &[Call] = calls![SYS_fdatasync];
+
+/// Nothing more: every thread may write to what is open.
+pub(super) const CONSOLE: &[Call] = calls![];

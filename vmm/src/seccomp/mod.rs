@@ -101,6 +101,9 @@ impl Kind {
             Self::Console => lists::CONSOLE,
         };
         let mut calls = [lists::EVERY, own].concat();
+        if matches!(self, Self::Control | Self::Vcpu) {
+            calls.extend(lists::DRIVER);
+        }
         if self == Self::Spawner {
             let workers = Self::ALL.into_iter().filter(|kind| *kind > self);
             calls.extend(workers.flat_map(Self::calls));
@@ -165,6 +168,7 @@ impl Call {
             Argument::Any => return Ok(None),
             Argument::Is(index, value) => (index, SeccompCmpOp::Eq, value),
             Argument::Lacks(index, mask) => (index, SeccompCmpOp::MaskedEq(mask.into()), 0),
+            Argument::OfType(index, kind) => (index, SeccompCmpOp::MaskedEq(0xff00), kind << 8),
         };
         // The kernel looks at the low half of each of these arguments only.
         let length = SeccompCmpArgLen::Dword;
@@ -200,6 +204,7 @@ mod tests {
     fn the_threat_model_names_the_calls_of_each_kind_of_thread() {
         for (row, calls) in [
             ("every thread", lists::EVERY),
+            ("control and vcpu", lists::DRIVER),
             ("control", lists::CONTROL),
             ("vcpu", lists::VCPU),
             ("spawner", lists::SPAWNER),

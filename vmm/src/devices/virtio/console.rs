@@ -4,7 +4,7 @@
 //! There is no input: the driver's receive buffers stay with the device, unused. No size, no second port.
 
 use super::{ActivateError, Activation, DeviceType, VirtioDevice, queue};
-use crate::{devices::console_log::ConsoleLog, event_loop::Worker};
+use crate::{devices::console_log::ConsoleLog, event_loop::Worker, seccomp::Kind};
 use std::io::{self, Read};
 use virtio_queue::DescriptorChain;
 use vm_memory::GuestMemoryMmap;
@@ -50,9 +50,13 @@ impl VirtioDevice for Console {
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let mut log = self.log.clone();
         let index = TRANSMIT_QUEUE;
-        let worker = queue::spawn(Kind::Console, "console", index, activation, move |memory, chain| {
-            print(&mut log, memory, chain)
-        });
+        let worker = queue::spawn(
+            Kind::Console,
+            "console",
+            index,
+            activation,
+            move |memory, chain| print(&mut log, memory, chain),
+        );
         self.worker = Some(worker?);
         Ok(())
     }

@@ -78,7 +78,7 @@ impl Driver {
             queues: active,
             features: 0,
             interrupt: Interrupt::new(irqfd.clone()),
-            threads: Threads::default(),
+            threads: Threads::confined().unwrap(),
         };
         let driver = Self {
             memory,

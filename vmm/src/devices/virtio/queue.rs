@@ -3,7 +3,10 @@
 //! Must not know what is in a buffer.
 
 use super::{ActivateError, Activation, ActiveQueue, Interrupt};
-use crate::event_loop::{Poll, Worker};
+use crate::{
+    event_loop::{Poll, Worker},
+    seccomp::Kind,
+};
 use std::io;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::GuestMemoryMmap;

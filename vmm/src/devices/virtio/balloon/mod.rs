@@ -11,7 +11,7 @@ mod worker;
 
 use self::worker::{Role, Served, Sides};
 use super::{ActivateError, Activation, DeviceType, Interrupt, VirtioDevice};
-use crate::{arch::x86_64::layout::PAGE_BYTES, event_loop::Worker};
+use crate::{arch::x86_64::layout::PAGE_BYTES, event_loop::Worker, seccomp::Kind};
 use std::{
     io,
     sync::{Arc, Mutex, MutexGuard, PoisonError},

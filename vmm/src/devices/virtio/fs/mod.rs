@@ -14,7 +14,10 @@ mod tree;
 pub use self::server::{FsError, PendingShare, ShareServer};
 
 use super::{ActivateError, Activation, DeviceType, SharedRegion, VirtioDevice, queue};
-use crate::{event_loop::Worker, seccomp::Kind};
+use crate::{
+    event_loop::{Threads, Worker},
+    seccomp::Kind,
+};
 use std::sync::Arc;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -38,6 +41,7 @@ pub struct FileSystem {
     queue_sizes: Vec<u16>,
     server: Arc<ShareServer>,
     threads: Vec<Worker>,
+    source: Option<Threads>,
 }
 
 impl FileSystem {
@@ -57,6 +61,7 @@ impl FileSystem {
             queue_sizes,
             server: Arc::new(server),
             threads: Vec::new(),
+            source: None,
         }
     }
 }
@@ -84,6 +89,7 @@ impl VirtioDevice for FileSystem {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        self.source = Some(activation.threads.clone());
         for (index, active) in activation.queues.into_iter().enumerate() {
             // A driver with fewer processors than there are queues leaves the last ones out.
             let Some(active) = active else {
@@ -116,7 +122,13 @@ impl VirtioDevice for FileSystem {
 
     fn reset(&mut self) {
         self.threads.clear();
-        self.server.forget_all();
+        // Forgetting opens the root again, which the calling vCPU may not.
+        if let Some(source) = self.source.take() {
+            let server = self.server.clone();
+            let forget = move |_| server.forget_all();
+            // Waited for, as the worker is dropped at once. Without it the server keeps what the guest knew.
+            let _ = source.spawn(Kind::Share, "fs-forget", forget);
+        }
     }
 }
 

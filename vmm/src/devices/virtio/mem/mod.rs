@@ -12,7 +12,7 @@ use self::{
     request::{REQUEST_BYTES, Request, Response},
 };
 use super::{ActivateError, Activation, DeviceType, Interrupt, SharedRegion, VirtioDevice, queue};
-use crate::{event_loop::Worker, memory};
+use crate::{event_loop::Worker, memory, seccomp::Kind};
 use std::{
     io::{Read, Write},
     sync::{Arc, Mutex, MutexGuard, PoisonError},

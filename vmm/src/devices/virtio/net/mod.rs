@@ -156,18 +156,20 @@ impl Network {
         let share =
             |limit: &Option<RateLimiter>| limit.as_ref().map(RateLimiter::share).transpose();
         let limits = [share(&self.limits[0])?, share(&self.limits[1])?];
-        let thread = activation.threads.spawn(Kind::Network, "net", move |stop| {
-            let [receive_limit, transmit_limit] = limits;
-            let receive = Ring::new(receive);
-            let pair = Pair {
-                index,
-                link: &link,
-                interrupt: &interrupt,
-                receiver: Receiver::new(&memory, receive, receive_limit, mergeable, largest),
-                transmitter: Transmitter::new(&memory, Ring::new(transmit), transmit_limit),
-            };
-            pair.run(&stop);
-        })?;
+        let thread = activation
+            .threads
+            .spawn(Kind::Network, "net", move |stop| {
+                let [receive_limit, transmit_limit] = limits;
+                let receive = Ring::new(receive);
+                let pair = Pair {
+                    index,
+                    link: &link,
+                    interrupt: &interrupt,
+                    receiver: Receiver::new(&memory, receive, receive_limit, mergeable, largest),
+                    transmitter: Transmitter::new(&memory, Ring::new(transmit), transmit_limit),
+                };
+                pair.run(&stop);
+            })?;
         self.threads.push(thread);
         Ok(())
     }
