@@ -249,7 +249,10 @@ impl VmBuilder {
             cmdline: self.cmdline.clone(),
             initramfs: Some(fds.open(&self.initramfs, OpenOptions::new().read(true))?),
             vsock: self.vsock.then(|| vm.listen(&mut fds)).transpose()?,
-            share: self.open_share(&mut vm, &mut fds)?,
+            share: self
+                .share
+                .map(|change| vm.share(&mut fds, change))
+                .transpose()?,
             disks: self.open_disks(&mut fds)?,
             pmems: self.open_pmems(&mut fds)?,
             networks: (0..)
@@ -260,15 +263,6 @@ impl VmBuilder {
         };
         vm.send(&Request::Boot(config), &fds.0)?;
         Ok(vm)
-    }
-
-    fn open_share(&self, vm: &mut Vm, fds: &mut FdArray) -> Result<Option<ShareConfig>> {
-        let Some(change) = self.share else {
-            return Ok(None);
-        };
-        let mut config = vm.share(fds)?;
-        change(&mut config);
-        Ok(Some(config))
     }
 
     fn open_disks(&self, fds: &mut FdArray) -> Result<Vec<DiskConfig>> {
@@ -386,7 +380,7 @@ impl Vm {
         })
     }
 
-    fn share(&mut self, fds: &mut FdArray) -> Result<ShareConfig> {
+    fn share(&mut self, fds: &mut FdArray, change: fn(&mut ShareConfig)) -> Result<ShareConfig> {
         let path = self.share_path();
         fs::create_dir(&path).context("cannot make the share")?;
         self.share = Some(BindMount::shared(&path)?);
@@ -396,7 +390,9 @@ impl Vm {
             Mode::empty(),
         )
         .context("cannot open the share")?;
-        Ok(ShareConfig::new(SHARE_TAG, fds.push(directory)?))
+        let mut config = ShareConfig::new(SHARE_TAG, fds.push(directory)?);
+        change(&mut config);
+        Ok(config)
     }
 
     /// Sends one request.
@@ -404,20 +400,8 @@ impl Vm {
         self.send(request, &[])
     }
 
-    /// Sends one request with these files, and gives its answer.
-    pub fn answer(&mut self, request: &Request, fds: &[OwnedFd]) -> Result<Message> {
-        self.send(request, fds)?;
-        let deadline = Deadline::after(deadline::REQUEST);
-        loop {
-            match self.receive(deadline)? {
-                Some(Message::Booted | Message::GuestReady) => {}
-                Some(message) => return Ok(message),
-                None => bail!("the VMM ended instead of an answer to {request:?}"),
-            }
-        }
-    }
-
-    fn send(&mut self, request: &Request, fds: &[OwnedFd]) -> Result<()> {
+    /// Sends one request with these files.
+    pub fn send(&mut self, request: &Request, fds: &[OwnedFd]) -> Result<()> {
         let packet = request.encode().context("cannot encode a request")?;
         self.send_raw(&packet, fds)
     }
