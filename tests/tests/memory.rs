@@ -344,7 +344,7 @@ fn files_of_the_host_are_memory_of_the_guest() -> Result<()> {
     );
 
     guest
-        .run("umount /ro; dd if=/dev/zero of=/dev/pmem1 bs=64k count=2 conv=fsync 2>&1 || true")?;
+        .run("umount /ro; dd if=/dev/zero of=/dev/pmem1 bs=4k count=1 conv=fsync 2>&1 || true")?;
     ensure!(
         md5(&read_only)? == read_only_sum,
         "a read-only file was written"
