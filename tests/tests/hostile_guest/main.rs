@@ -75,7 +75,7 @@ impl Arena {
                 overhead_kib: 0,
             },
         };
-        for disk in ["read-only", "writable"] {
+        for disk in ["read-only", "writable", "writable-memory"] {
             fs::write(arena.directory.path().join(disk), vec![7; 1 << 20])?;
         }
         let mut vm = arena.start(Script::default().say(OVER))?;
@@ -94,6 +94,8 @@ impl Arena {
         let builder = VmBuilder::agent(&self.programs)
             .memory_mib(MEMORY_MIB)
             .vcpus(2)
+            .max_memory_mib(MEMORY_MIB + 128)
+            .pmem(&self.disk("writable-memory"), false)
             .read_only_disk(&self.disk("read-only"))
             .writable_disk(&self.disk("writable"));
         let booting = script.boot_with(builder, self.directory.path())?;
