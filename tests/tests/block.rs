@@ -194,24 +194,7 @@ fn disks_hold_file_systems_and_do_what_they_say() -> Result<()> {
     ended.ends_with(VmmExit::Ended)?.says_at_most(0)?;
     drop(device);
 
-    let erasable = 512 * 1024 * 512;
-    for (letter, serial, sectors, ro, queues, blocks) in [
-        ("a", "disk0", 64 * 2048, 0, 2, "512/512"),
-        ("b", "disk1", 16 * 2048, 0, 2, "4096/4096"),
-        ("c", "disk2", 4 * 2048, 1, 1, "512/512"),
-        ("d", "disk3", 8 * 2048, 0, 1, "512/4096"),
-        ("e", "disk4", 4 * 2048, 0, 1, "512/512"),
-        ("f", "a-device", 8 * 2048, 0, 1, "512/512"),
-    ] {
-        let erasable = if ro == 1 { 0 } else { erasable };
-        says(
-            &ended,
-            &format!(
-                "{letter} serial={serial} sectors={sectors} ro={ro} queues={queues} blocks={blocks} \
-                 discard={erasable} zeroes={erasable} segments=254x65536 cache=write back"
-            ),
-        )?;
-    }
+    shapes_are_as_configured(&ended)?;
     file_system_is_sound(&ended, &file_system)?;
     for expected in ["fio-verified", "write-refused", "discard-refused", "done"] {
         says(&ended, expected)?;
@@ -227,6 +210,29 @@ fn disks_hold_file_systems_and_do_what_they_say() -> Result<()> {
     let allocated = allocated_bytes(&behind_loop)?;
     ensure!(allocated <= 5 * MIB, "{allocated} bytes are left");
     ensure!(!ended.console.contains("complaints"), "{}", ended.console);
+    Ok(())
+}
+
+/// What the guest's kernel says of each disk.
+fn shapes_are_as_configured(ended: &Ended) -> Result<()> {
+    let erasable = 512 * 1024 * 512;
+    for (letter, serial, sectors, ro, queues, blocks) in [
+        ("a", "disk0", 64 * 2048, 0, 2, "512/512"),
+        ("b", "disk1", 16 * 2048, 0, 2, "4096/4096"),
+        ("c", "disk2", 4 * 2048, 1, 1, "512/512"),
+        ("d", "disk3", 8 * 2048, 0, 1, "512/4096"),
+        ("e", "disk4", 4 * 2048, 0, 1, "512/512"),
+        ("f", "a-device", 8 * 2048, 0, 1, "512/512"),
+    ] {
+        let erasable = if ro == 1 { 0 } else { erasable };
+        says(
+            ended,
+            &format!(
+                "{letter} serial={serial} sectors={sectors} ro={ro} queues={queues} blocks={blocks} \
+                 discard={erasable} zeroes={erasable} segments=254x65536 cache=write back"
+            ),
+        )?;
+    }
     Ok(())
 }
 

@@ -213,6 +213,7 @@ fn exception(kind: Kind, name: &str) -> Option<Alone> {
         ("open" | "device node", _) if shares => Some(Errno(libc::ENOENT)),
         ("capset", _) if shares => Some(Errno(libc::EPERM)),
         ("fork with its new call", Kind::Spawner) => Some(Errno(libc::ENOSYS)),
+        ("io_uring_setup", Kind::Control) => Some(Errno(libc::EPERM)),
         _ => None,
     }
 }

@@ -4,6 +4,7 @@ use super::{bytes::Bytes, devices::Subject};
 use crate::{
     bus::BusDevice,
     devices::virtio::mmio::{QUEUE_NOTIFY, Transport},
+    event_loop::Threads,
 };
 use std::{
     any::Any,

@@ -124,8 +124,17 @@ impl Filter {
     pub fn of(kind: Kind) -> Result<Self, SeccompError> {
         let failed = |source| SeccompError::Compile { kind, source };
         let mut programs = vec![allow_only(&kind.calls()).map_err(failed)?];
-        if kind == Kind::Spawner {
-            programs.push(without_clone3().map_err(failed)?);
+        let refused = match kind {
+            // The flags of clone3 are in memory, where no filter sees them. As if the kernel did not know that call,
+            // the C library uses clone, whose flags are checked.
+            Kind::Spawner => Some((libc::SYS_clone3, libc::ENOSYS)),
+            // What a ring does no filter sees. Rings that know one file alone are made before the guest runs; a disk
+            // that comes later is served without one.
+            Kind::Control => Some((libc::SYS_io_uring_setup, libc::EPERM)),
+            _ => None,
+        };
+        if let Some((call, errno)) = refused {
+            programs.push(refuse(call, errno).map_err(failed)?);
         }
         Ok(Self { kind, programs })
     }
@@ -154,12 +163,11 @@ fn allow_only(calls: &[Call]) -> Result<BpfProgram, seccompiler::BackendError> {
     SeccompFilter::new(rules, kill, allow, TargetArch::x86_64)?.try_into()
 }
 
-/// The flags of clone3 are in memory, where no filter sees them. As if the kernel did not know that call, the C
-/// library uses clone, whose flags are checked.
-fn without_clone3() -> Result<BpfProgram, seccompiler::BackendError> {
-    let rules = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
-    let unknown = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());
-    SeccompFilter::new(rules, SeccompAction::Allow, unknown, TargetArch::x86_64)?.try_into()
+/// Answers a call with an error; what else is asked for is another program's business.
+fn refuse(call: i64, errno: i32) -> Result<BpfProgram, seccompiler::BackendError> {
+    let rules = BTreeMap::from([(call, Vec::new())]);
+    let refusal = SeccompAction::Errno(errno.unsigned_abs());
+    SeccompFilter::new(rules, SeccompAction::Allow, refusal, TargetArch::x86_64)?.try_into()
 }
 
 impl Call {

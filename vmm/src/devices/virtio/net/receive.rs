@@ -86,7 +86,7 @@ impl<'m> Receiver<'m> {
             {
                 return Ok(Wait::Rate);
             }
-            match self.gather()? {
+            match self.gather(interrupt)? {
                 Gathered::Enough => {}
                 Gathered::Starved => return Ok(Wait::Kick),
                 Gathered::Useless => return Ok(Wait::Turn),
@@ -118,7 +118,7 @@ impl<'m> Receiver<'m> {
     }
 
     /// Takes buffers until the largest packet fits, or until the driver cannot offer more.
-    fn gather(&mut self) -> Result<Gathered, WorkerError> {
+    fn gather(&mut self, interrupt: &Interrupt) -> Result<Gathered, WorkerError> {
         let most = self.ring.size();
         for _ in 0..=most {
             let enough = if self.mergeable {
@@ -140,7 +140,12 @@ impl<'m> Receiver<'m> {
                     self.room = self.room.saturating_add(buffer.bytes);
                     self.buffers.push_back(buffer);
                 }
-                Err(_) => self.ring.publish(self.memory, &[Used { head, bytes: 0 }])?,
+                Err(_) => {
+                    self.ring.publish(self.memory, &[Used { head, bytes: 0 }])?;
+                    if self.ring.wants_interrupt(self.memory)? {
+                        interrupt.signal_used();
+                    }
+                }
             }
         }
         Ok(Gathered::Useless)
