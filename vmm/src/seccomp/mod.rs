@@ -123,7 +123,7 @@ impl Filter {
     /// The filter of threads of this kind.
     pub fn of(kind: Kind) -> Result<Self, SeccompError> {
         let failed = |source| SeccompError::Compile { kind, source };
-        let mut programs = vec![allow_only(&kind.calls()).map_err(failed)?];
+        let mut programs = Vec::new();
         let refused = match kind {
             // The flags of clone3 are in memory, where no filter sees them. As if the kernel did not know that call,
             // the C library uses clone, whose flags are checked.
@@ -136,6 +136,8 @@ impl Filter {
         if let Some((call, errno)) = refused {
             programs.push(refuse(call, errno).map_err(failed)?);
         }
+        // Last: it may not allow a further filter.
+        programs.push(allow_only(&kind.calls()).map_err(failed)?);
         Ok(Self { kind, programs })
     }
 
