@@ -43,6 +43,15 @@ pub const SHARE_TAG: &str = "walnut";
 /// What makes the agent say one line and power off.
 pub const PROBE_WORD: &str = "walnut.mode=probe";
 
+/// What a guest's shared directory is.
+#[derive(Debug, Clone)]
+enum Shared {
+    /// An empty one of the VM's own.
+    Empty,
+    /// This directory.
+    Directory(PathBuf),
+}
+
 /// A VM to be.
 #[derive(Debug, Clone)]
 pub struct VmBuilder {
@@ -54,7 +63,7 @@ pub struct VmBuilder {
     vcpus: u8,
     memory_mib: u32,
     vsock: bool,
-    share: bool,
+    share: Option<Shared>,
     disks: Vec<(PathBuf, bool)>,
     console: Option<PathBuf>,
 }
@@ -69,7 +78,7 @@ impl VmBuilder {
     pub fn agent(programs: &Programs) -> Self {
         Self {
             vsock: true,
-            share: true,
+            share: Some(Shared::Empty),
             ..Self::new(programs)
         }
     }
@@ -89,7 +98,7 @@ impl VmBuilder {
             vcpus: 1,
             memory_mib: 128,
             vsock: false,
-            share: false,
+            share: None,
             disks: Vec::new(),
             console: None,
         }
@@ -159,6 +168,20 @@ impl VmBuilder {
         self
     }
 
+    /// Adds a socket device.
+    #[must_use]
+    pub fn vsock(mut self) -> Self {
+        self.vsock = true;
+        self
+    }
+
+    /// Shares this directory with the guest.
+    #[must_use]
+    pub fn share_of(mut self, directory: &Path) -> Self {
+        self.share = Some(Shared::Directory(directory.to_owned()));
+        self
+    }
+
     /// Starts the VMM and sends it this VM; the answer is still to come.
     pub fn start(&self) -> Result<Vm> {
         let vm = Vm::start_bare(&self.vmm)?;
@@ -179,7 +202,11 @@ impl VmBuilder {
             cmdline: self.cmdline.clone(),
             initramfs: Some(fds.open(&self.initramfs, OpenOptions::new().read(true))?),
             vsock: self.vsock.then(|| vm.listen(&mut fds)).transpose()?,
-            share: self.share.then(|| vm.share(&mut fds)).transpose()?,
+            share: self
+                .share
+                .as_ref()
+                .map(|shared| vm.share(shared, &mut fds))
+                .transpose()?,
             disks: self.open_disks(&mut fds)?,
             ..VmConfig::new(kvm, kernel, console)
         };
@@ -305,10 +332,13 @@ impl Vm {
         })
     }
 
-    fn share(&mut self, fds: &mut FdArray) -> Result<ShareConfig> {
+    fn share(&mut self, shared: &Shared, fds: &mut FdArray) -> Result<ShareConfig> {
         let path = self.share_path();
         fs::create_dir(&path).context("cannot make the share")?;
-        self.share = Some(BindMount::shared(&path)?);
+        self.share = Some(match shared {
+            Shared::Empty => BindMount::shared(&path)?,
+            Shared::Directory(directory) => BindMount::new(directory, &path)?,
+        });
         let directory = rustix::fs::open(
             &path,
             OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
