@@ -166,8 +166,11 @@ fn machine_code(error: &MachineError) -> Code {
             Code::FAILED_PRECONDITION
         }
         MachineError::Vm(VmError::Refused { kind, .. }) => match kind {
-            FailureKind::Image | FailureKind::Kvm => Code::FAILED_PRECONDITION,
+            FailureKind::Image | FailureKind::Kvm | FailureKind::State => Code::FAILED_PRECONDITION,
             FailureKind::Config => Code::INVALID_ARGUMENT,
+            FailureKind::NotFound => Code::NOT_FOUND,
+            FailureKind::Unsupported => Code::UNIMPLEMENTED,
+            FailureKind::Full => Code::RESOURCE_EXHAUSTED,
             FailureKind::Internal => Code::INTERNAL,
         },
         MachineError::Vm(VmError::Deadline { .. }) => Code::DEADLINE_EXCEEDED,

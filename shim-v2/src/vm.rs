@@ -241,7 +241,12 @@ impl Vm {
                 }
             };
             match message {
-                Ok(Message::Booted | Message::Statistics(_)) => {}
+                Ok(
+                    Message::Booted
+                    | Message::Done
+                    | Message::Attached { .. }
+                    | Message::Statistics(_),
+                ) => {}
                 Ok(Message::GuestReady) => return Ok(()),
                 Ok(Message::Failed { kind, error }) => {
                     let reason = printable(&error, MAX_REASON_BYTES);

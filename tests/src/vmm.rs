@@ -2,10 +2,13 @@
 //!
 //! Knows the VMM by its contract alone: one control socket, file descriptors, exit statuses.
 
+pub use crate::ended::Ended;
+
 use crate::{
-    command::{End, wait_child},
+    command::wait_child,
     deadline::{self, Deadline},
     mounts::BindMount,
+    network::Network,
     programs::Programs,
 };
 use anyhow::{Context, Result, bail, ensure};
@@ -29,8 +32,8 @@ use std::{
 };
 use tempfile::TempDir;
 use walnut_vmm_api::{
-    DiskConfig, FdSlot, MAX_MESSAGE_BYTES, Message, Request, ShareConfig, VmConfig, VmmExit,
-    VsockConfig,
+    DiskConfig, FdSlot, MAX_MESSAGE_BYTES, Message, PmemConfig, Request, ShareConfig, VmConfig,
+    VmmExit, VsockConfig,
 };
 
 /// What each guest of a test is told first; the shim says the same.
@@ -43,15 +46,6 @@ pub const SHARE_TAG: &str = "walnut";
 /// What makes the agent say one line and power off.
 pub const PROBE_WORD: &str = "walnut.mode=probe";
 
-/// What a guest's shared directory is.
-#[derive(Debug, Clone)]
-enum Shared {
-    /// An empty one of the VM's own.
-    Empty,
-    /// This directory.
-    Directory(PathBuf),
-}
-
 /// A VM to be.
 #[derive(Debug, Clone)]
 pub struct VmBuilder {
@@ -61,10 +55,15 @@ pub struct VmBuilder {
     cmdline: String,
     kvm: PathBuf,
     vcpus: u8,
+    max_vcpus: Option<u8>,
     memory_mib: u32,
+    max_memory_mib: Option<u32>,
     vsock: bool,
-    share: Option<Shared>,
-    disks: Vec<(PathBuf, bool)>,
+    share: Option<fn(&mut ShareConfig)>,
+    shared_directory: Option<PathBuf>,
+    disks: Vec<(PathBuf, DiskConfig)>,
+    pmems: Vec<(PathBuf, bool)>,
+    networks: Vec<Network>,
     console: Option<PathBuf>,
 }
 
@@ -78,7 +77,7 @@ impl VmBuilder {
     pub fn agent(programs: &Programs) -> Self {
         Self {
             vsock: true,
-            share: Some(Shared::Empty),
+            share: Some(|_| {}),
             ..Self::new(programs)
         }
     }
@@ -96,10 +95,15 @@ impl VmBuilder {
             cmdline: CMDLINE.to_owned(),
             kvm: "/dev/kvm".into(),
             vcpus: 1,
+            max_vcpus: None,
             memory_mib: 128,
+            max_memory_mib: None,
             vsock: false,
             share: None,
+            shared_directory: None,
             disks: Vec::new(),
+            pmems: Vec::new(),
+            networks: Vec::new(),
             console: None,
         }
     }
@@ -119,10 +123,38 @@ impl VmBuilder {
         self
     }
 
+    /// Sets the number of vCPUs that it may grow to.
+    #[must_use]
+    pub fn max_vcpus(mut self, vcpus: u8) -> Self {
+        self.max_vcpus = Some(vcpus);
+        self
+    }
+
     /// Sets the size of guest RAM.
     #[must_use]
     pub fn memory_mib(mut self, memory_mib: u32) -> Self {
         self.memory_mib = memory_mib;
+        self
+    }
+
+    /// Lets guest RAM grow to this size.
+    #[must_use]
+    pub fn max_memory_mib(mut self, max_memory_mib: u32) -> Self {
+        self.max_memory_mib = Some(max_memory_mib);
+        self
+    }
+
+    /// Replaces the kernel's command line.
+    #[must_use]
+    pub fn cmdline(mut self, cmdline: &str) -> Self {
+        cmdline.clone_into(&mut self.cmdline);
+        self
+    }
+
+    /// Adds a persistent memory.
+    #[must_use]
+    pub fn pmem(mut self, file: &Path, read_only: bool) -> Self {
+        self.pmems.push((file.to_owned(), read_only));
         self
     }
 
@@ -156,15 +188,37 @@ impl VmBuilder {
 
     /// Adds a disk that the guest may only read.
     #[must_use]
-    pub fn read_only_disk(mut self, file: &Path) -> Self {
-        self.disks.push((file.to_owned(), true));
-        self
+    pub fn read_only_disk(self, file: &Path) -> Self {
+        self.disk(file, |config| config.read_only = true)
     }
 
     /// Adds a disk that the guest may read and write.
     #[must_use]
-    pub fn writable_disk(mut self, file: &Path) -> Self {
-        self.disks.push((file.to_owned(), false));
+    pub fn writable_disk(self, file: &Path) -> Self {
+        self.disk(file, |_| {})
+    }
+
+    /// Adds a disk: one that the guest may read and write, with one queue and no limits, but for what `change` says.
+    #[must_use]
+    pub fn disk(mut self, file: &Path, change: impl FnOnce(&mut DiskConfig)) -> Self {
+        let serial = format!("disk{}", self.disks.len());
+        let mut config = DiskConfig::new(FdSlot(0), false, &serial);
+        change(&mut config);
+        self.disks.push((file.to_owned(), config));
+        self
+    }
+
+    /// Adds a network.
+    #[must_use]
+    pub fn network(mut self, network: Network) -> Self {
+        self.networks.push(network);
+        self
+    }
+
+    /// Shares a directory, in a way that differs from the usual one.
+    #[must_use]
+    pub fn share(mut self, change: fn(&mut ShareConfig)) -> Self {
+        self.share = Some(change);
         self
     }
 
@@ -178,7 +232,8 @@ impl VmBuilder {
     /// Shares this directory with the guest.
     #[must_use]
     pub fn share_of(mut self, directory: &Path) -> Self {
-        self.share = Some(Shared::Directory(directory.to_owned()));
+        self.shared_directory = Some(directory.to_owned());
+        self.share = Some(|_| {});
         self
     }
 
@@ -198,30 +253,54 @@ impl VmBuilder {
         )?;
         let config = VmConfig {
             vcpus: self.vcpus,
+            max_vcpus: self.max_vcpus,
             memory_mib: self.memory_mib,
+            max_memory_mib: self.max_memory_mib,
             cmdline: self.cmdline.clone(),
             initramfs: Some(fds.open(&self.initramfs, OpenOptions::new().read(true))?),
             vsock: self.vsock.then(|| vm.listen(&mut fds)).transpose()?,
-            share: self
-                .share
-                .as_ref()
-                .map(|shared| vm.share(shared, &mut fds))
-                .transpose()?,
+            share: self.open_share(&mut vm, &mut fds)?,
             disks: self.open_disks(&mut fds)?,
+            pmems: self.open_pmems(&mut fds)?,
+            networks: (0..)
+                .zip(&self.networks)
+                .map(|(number, network)| network.open(number, &mut |fd| fds.push(fd)))
+                .collect::<Result<_>>()?,
             ..VmConfig::new(kvm, kernel, console)
         };
         vm.send(&Request::Boot(config), &fds.0)?;
         Ok(vm)
     }
 
+    fn open_share(&self, vm: &mut Vm, fds: &mut FdArray) -> Result<Option<ShareConfig>> {
+        let Some(change) = self.share else {
+            return Ok(None);
+        };
+        let mut config = vm.share(self.shared_directory.as_deref(), fds)?;
+        change(&mut config);
+        Ok(Some(config))
+    }
+
     fn open_disks(&self, fds: &mut FdArray) -> Result<Vec<DiskConfig>> {
         let mut disks = Vec::new();
-        for (index, (path, read_only)) in self.disks.iter().enumerate() {
-            let file = fds.open(path, OpenOptions::new().read(true).write(!read_only))?;
-            let serial = format!("disk{index}");
-            disks.push(DiskConfig::new(file, *read_only, &serial));
+        for (path, config) in &self.disks {
+            let write = !config.read_only;
+            let file = fds.open(path, OpenOptions::new().read(true).write(write))?;
+            disks.push(DiskConfig {
+                file,
+                ..config.clone()
+            });
         }
         Ok(disks)
+    }
+
+    fn open_pmems(&self, fds: &mut FdArray) -> Result<Vec<PmemConfig>> {
+        let open = |(path, read_only): &(PathBuf, bool)| {
+            let (file, read_only) = (path, *read_only);
+            let file = fds.open(file, OpenOptions::new().read(true).write(!read_only))?;
+            Ok(PmemConfig { file, read_only })
+        };
+        self.pmems.iter().map(open).collect()
     }
 }
 
@@ -252,21 +331,6 @@ pub struct Vm {
     seen: Vec<Message>,
     share: Option<BindMount>,
     directory: TempDir,
-}
-
-/// How a VMM ended, and what it and its guest said.
-#[derive(Debug)]
-pub struct Ended {
-    /// How the process ended.
-    pub end: End,
-    /// What that means by the contract; `None` for a fault of the VMM itself.
-    pub status: Option<VmmExit>,
-    /// Every message that came on the control socket.
-    pub messages: Vec<Message>,
-    /// The guest's serial console.
-    pub console: String,
-    /// The VMM's standard error.
-    pub stderr: String,
 }
 
 impl Vm {
@@ -332,12 +396,12 @@ impl Vm {
         })
     }
 
-    fn share(&mut self, shared: &Shared, fds: &mut FdArray) -> Result<ShareConfig> {
+    fn share(&mut self, source: Option<&Path>, fds: &mut FdArray) -> Result<ShareConfig> {
         let path = self.share_path();
         fs::create_dir(&path).context("cannot make the share")?;
-        self.share = Some(match shared {
-            Shared::Empty => BindMount::shared(&path)?,
-            Shared::Directory(directory) => BindMount::new(directory, &path)?,
+        self.share = Some(match source {
+            Some(directory) => BindMount::new(directory, &path)?,
+            None => BindMount::shared(&path)?,
         });
         let directory = rustix::fs::open(
             &path,
@@ -351,6 +415,19 @@ impl Vm {
     /// Sends one request.
     pub fn ask(&mut self, request: &Request) -> Result<()> {
         self.send(request, &[])
+    }
+
+    /// Sends one request with these files, and gives its answer.
+    pub fn answer(&mut self, request: &Request, fds: &[OwnedFd]) -> Result<Message> {
+        self.send(request, fds)?;
+        let deadline = Deadline::after(deadline::REQUEST);
+        loop {
+            match self.receive(deadline)? {
+                Some(Message::Booted | Message::GuestReady) => {}
+                Some(message) => return Ok(message),
+                None => bail!("the VMM ended instead of an answer to {request:?}"),
+            }
+        }
     }
 
     fn send(&mut self, request: &Request, fds: &[OwnedFd]) -> Result<()> {
@@ -445,6 +522,12 @@ impl Vm {
         })
     }
 
+    /// Whether the VMM has ended.
+    pub fn has_ended(&mut self) -> Result<bool> {
+        let status = self.child.try_wait().context("cannot look at the VMM")?;
+        Ok(status.is_some())
+    }
+
     /// Closes the test's end of the control socket, as the shim's death does.
     pub fn abandon(&mut self) {
         self.control = None;
@@ -481,28 +564,6 @@ impl Drop for Vm {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
-    }
-}
-
-impl Ended {
-    /// Fails unless the VMM ended so.
-    pub fn ends_with(&self, expected: VmmExit) -> Result<&Self> {
-        ensure!(
-            self.status == Some(expected),
-            "expected the end {expected:?}, but it was {self:?}"
-        );
-        Ok(self)
-    }
-
-    /// Fails unless the VMM said at most `lines` lines on standard error, each of them its own.
-    pub fn says_at_most(&self, lines: usize) -> Result<&Self> {
-        let said: Vec<_> = self.stderr.lines().collect();
-        ensure!(
-            said.len() <= lines && said.iter().all(|line| line.starts_with("walnut-vmm: ")),
-            "expected {lines} lines of the VMM's on stderr: {:?}",
-            self.stderr
-        );
-        Ok(self)
     }
 }
 

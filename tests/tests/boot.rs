@@ -272,7 +272,7 @@ fn a_vmm_outlives_neither_its_parent_nor_a_request_to_stop() -> Result<()> {
             other => bail!("no statistics, but {other:?}"),
         }
     };
-    ensure!(statistics.io_exits > 0, "{statistics:?}");
+    ensure!(statistics.exits().io > 0, "{statistics:?}");
     vm.ask(&Request::Stop)?;
     vm.wait()?.ends_with(VmmExit::Ended)?.says_at_most(0)?;
 

@@ -8,26 +8,35 @@ use crate::{
     },
     control::{ControlError, Files},
     devices::{
+        console_log::ConsoleLog,
         reset::{I8042, Power},
         serial::SerialPort,
         virtio::{
-            balloon::Balloon,
-            block::{Block, BlockError, Disk},
+            balloon::{Balloon, BalloonControl, BalloonError},
+            block::{Block, BlockError},
+            console::Console,
             fs::{FileSystem, FsError, PendingShare, ShareServer},
+            mem::{MemoryControl, MemoryDevice},
+            net::{NetError, Network},
+            pmem::Pmem,
             rng::Rng,
             vsock::{Vsock, VsockError},
         },
     },
+    file_mapping::{FileMapping, MappingError},
     jail::{self, JailError, Root},
-    machine::{Machine, MachineError, RunningMachine},
+    machine::{Machine, MachineError},
+    resize::Resize,
+    running::RunningMachine,
 };
 use std::{
-    fs::File,
     io,
     sync::{Arc, Mutex},
 };
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
-use walnut_vmm_api::{DiskConfig, FailureKind, VmConfig};
+use walnut_vmm_api::{
+    DiskConfig, FailureKind, FdSlot, NetworkConfig, PmemConfig, ShareConfig, VmConfig,
+};
 
 /// Why the VM was not built.
 #[derive(Debug, thiserror::Error)]
@@ -44,12 +53,21 @@ pub enum BootError {
     /// Disks.
     #[error("a disk cannot be attached")]
     Disk(#[from] BlockError),
+    /// Networks.
+    #[error("a network cannot be attached")]
+    Network(#[from] NetError),
     /// The file server.
     #[error("the share cannot be served")]
     Share(#[from] FsError),
     /// The socket device.
     #[error("the socket device cannot be attached")]
     Vsock(#[from] VsockError),
+    /// The balloon.
+    #[error("the balloon cannot be attached")]
+    Balloon(#[from] BalloonError),
+    /// Persistent memories.
+    #[error("a persistent memory cannot be attached")]
+    Pmem(#[from] MappingError),
     /// Confinement.
     #[error("the VMM cannot confine itself")]
     Jail(#[from] JailError),
@@ -65,9 +83,7 @@ impl BootError {
             Self::Files(_) => FailureKind::Config,
             Self::Image(_) => FailureKind::Image,
             Self::Machine(error) => error.kind(),
-            Self::Disk(_) | Self::Share(_) | Self::Vsock(_) | Self::Jail(_) | Self::Event(_) => {
-                FailureKind::Internal
-            }
+            _ => FailureKind::Internal,
         }
     }
 }
@@ -76,8 +92,10 @@ impl BootError {
 pub struct Booted {
     /// vCPUs and memory.
     pub machine: RunningMachine,
-    /// COM1, for the console's tail.
-    pub console: Arc<Mutex<SerialPort>>,
+    /// What the guest printed.
+    pub console: ConsoleLog,
+    /// The hands on the guest's memory.
+    pub resize: Resize,
     /// Readable once the guest's init listens.
     pub ready: EventFd,
 }
@@ -86,7 +104,8 @@ pub struct Booted {
 pub fn boot(config: &VmConfig, files: &mut Files) -> Result<Booted, BootError> {
     let mut machine = Machine::new(files.take(config.kvm)?, config)?;
     let loaded = load(&machine, config, files)?;
-    let console = add_serial(&mut machine, files.take_file(config.console)?)?;
+    let console = ConsoleLog::new(files.take_file(config.console)?);
+    add_serial(&mut machine, &console)?;
     add_reset(&mut machine)?;
     let ready = EventFd::new(EFD_NONBLOCK).map_err(BootError::Event)?;
 
@@ -94,15 +113,26 @@ pub fn boot(config: &VmConfig, files: &mut Files) -> Result<Booted, BootError> {
     enter_jail(config, files)?;
 
     machine.add_virtio(Box::new(Rng::new()))?;
-    machine.add_virtio(Box::new(Balloon::new()))?;
+    let resize = Resize {
+        balloon: add_balloon(&mut machine, config)?,
+        growth: add_growth(&mut machine, config)?,
+    };
+    add_console(&mut machine, config, &console)?;
     add_vsock(&mut machine, config, files, &ready)?;
-    add_share(&mut machine, share)?;
-    for disk in &config.disks {
-        add_disk(&mut machine, disk, files)?;
+    add_share(&mut machine, config, share)?;
+    for config in &config.disks {
+        machine.add_virtio(Box::new(disk(config, files)?))?;
+    }
+    for pmem in &config.pmems {
+        add_pmem(&mut machine, pmem, files)?;
+    }
+    for config in &config.networks {
+        machine.add_virtio(Box::new(network(config, files)?))?;
     }
     Ok(Booted {
         machine: machine.finish(config, loaded)?,
         console,
+        resize,
         ready,
     })
 }
@@ -121,12 +151,43 @@ fn load(
     Ok(image::load(memory, ram_bytes, &kernel, initramfs.as_ref())?)
 }
 
-fn add_serial(machine: &mut Machine, log: File) -> Result<Arc<Mutex<SerialPort>>, BootError> {
+fn add_serial(machine: &mut Machine, log: &ConsoleLog) -> Result<(), BootError> {
     let irqfd = machine.interrupt(layout::SERIAL_INTERRUPT)?;
-    let serial = Arc::new(Mutex::new(SerialPort::new(log, irqfd)));
+    let serial = Arc::new(Mutex::new(SerialPort::new(log.clone(), irqfd)));
     let ports = layout::SERIAL_PORTS.into();
-    machine.add_ports(layout::SERIAL_PORT, ports, serial.clone())?;
-    Ok(serial)
+    machine.add_ports(layout::SERIAL_PORT, ports, serial)?;
+    Ok(())
+}
+
+fn add_console(
+    machine: &mut Machine,
+    config: &VmConfig,
+    log: &ConsoleLog,
+) -> Result<(), BootError> {
+    if config.has_virtio_console() {
+        machine.add_virtio(Box::new(Console::new(log.clone())))?;
+    }
+    Ok(())
+}
+
+fn add_balloon(machine: &mut Machine, config: &VmConfig) -> Result<BalloonControl, BootError> {
+    let balloon = Balloon::new(config.memory_mib)?;
+    let control = balloon.control();
+    machine.add_virtio(Box::new(balloon))?;
+    Ok(control)
+}
+
+fn add_growth(
+    machine: &mut Machine,
+    config: &VmConfig,
+) -> Result<Option<MemoryControl>, BootError> {
+    let Some(region) = machine.growth() else {
+        return Ok(None);
+    };
+    let device = MemoryDevice::new(region, config.memory_mib);
+    let control = device.control();
+    machine.add_virtio(Box::new(device))?;
+    Ok(Some(control))
 }
 
 fn add_reset(machine: &mut Machine) -> Result<(), BootError> {
@@ -140,12 +201,12 @@ fn add_reset(machine: &mut Machine) -> Result<(), BootError> {
 }
 
 /// What the file server needs of the host's root, before that is out of reach.
-fn prepare_share(config: &VmConfig) -> Result<Option<(String, PendingShare)>, BootError> {
+fn prepare_share(config: &VmConfig) -> Result<Option<(ShareConfig, PendingShare)>, BootError> {
     let Some(share) = &config.share else {
         return Ok(None);
     };
     // The path is that of the jail, where the share is the root.
-    Ok(Some((share.tag.clone(), ShareServer::before_jail("/")?)))
+    Ok(Some((share.clone(), ShareServer::before_jail("/")?)))
 }
 
 fn enter_jail(config: &VmConfig, files: &mut Files) -> Result<(), BootError> {
@@ -173,22 +234,40 @@ fn add_vsock(
 
 fn add_share(
     machine: &mut Machine,
-    share: Option<(String, PendingShare)>,
+    config: &VmConfig,
+    share: Option<(ShareConfig, PendingShare)>,
 ) -> Result<(), BootError> {
-    if let Some((tag, pending)) = share {
-        let device = FileSystem::new(&tag, pending.after_jail()?);
+    if let Some((share, pending)) = share {
+        let window = machine.add_window(share.window_mib)?;
+        let server = pending.after_jail(share.writeback, window)?;
+        let device = FileSystem::new(&share.tag, server, config.vcpus);
         machine.add_virtio(Box::new(device))?;
     }
     Ok(())
 }
 
-fn add_disk(
+/// A disk, for [`boot`] or a running machine.
+pub fn disk(config: &DiskConfig, files: &mut Files) -> Result<Block, BootError> {
+    let file = files.take_file(config.file)?;
+    Ok(Block::new(file, config)?)
+}
+
+fn add_pmem(
     machine: &mut Machine,
-    config: &DiskConfig,
+    config: &PmemConfig,
     files: &mut Files,
 ) -> Result<(), BootError> {
     let file = files.take_file(config.file)?;
-    let disk = Disk::new(file, config.read_only, &config.serial)?;
-    machine.add_virtio(Box::new(Block::new(disk)))?;
+    let region = machine.add_mapping(FileMapping::new(&file, config.read_only)?)?;
+    machine.add_virtio(Box::new(Pmem::new(file, region)))?;
     Ok(())
+}
+
+/// A network interface, for [`boot`] or a running machine.
+pub fn network(config: &NetworkConfig, files: &mut Files) -> Result<Network, BootError> {
+    let mut take = |slots: &[FdSlot]| -> Result<Vec<_>, ControlError> {
+        slots.iter().map(|&slot| files.take(slot)).collect()
+    };
+    let (taps, vhost) = (take(&config.taps)?, take(&config.vhost)?);
+    Ok(Network::new(config, taps, vhost)?)
 }

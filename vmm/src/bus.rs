@@ -5,7 +5,7 @@
 use std::{
     collections::BTreeMap,
     ops::RangeInclusive,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError, RwLock},
 };
 
 /// What a write asks of the machine as a whole.
@@ -52,34 +52,44 @@ pub enum BusError {
     NoInterrupt,
 }
 
-/// An address space of devices.
+/// An address space of devices. Its lock is held to look a device up, not while the device answers: one that
+/// takes its time keeps nobody from the others.
 #[derive(Default)]
 struct Space {
     /// By start: length and device.
-    devices: BTreeMap<u64, (u64, SharedDevice)>,
+    devices: RwLock<BTreeMap<u64, (u64, SharedDevice)>>,
 }
 
 impl Space {
-    fn insert(&mut self, base: u64, bytes: u64, device: SharedDevice) -> Result<(), BusError> {
+    fn insert(&self, base: u64, bytes: u64, device: SharedDevice) -> Result<(), BusError> {
         let refused = BusError::Range { base, bytes };
         let end = base
             .checked_add(bytes)
             .ok_or(BusError::Range { base, bytes })?;
-        let before = self.devices.range(..end).next_back();
+        let mut devices = self.devices.write().unwrap_or_else(PoisonError::into_inner);
+        let before = devices.range(..end).next_back();
         let free = before.is_none_or(|(&other, &(length, _))| other + length <= base);
         if bytes == 0 || !free {
             return Err(refused);
         }
-        self.devices.insert(base, (bytes, device));
+        devices.insert(base, (bytes, device));
         Ok(())
     }
 
+    fn remove(&self, base: u64) {
+        let devices = self.devices.write();
+        devices
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&base);
+    }
+
     /// The device that holds all of an access, and the offset in it.
-    fn find(&self, address: u64, bytes: usize) -> Option<(u64, &SharedDevice)> {
-        let (&base, (length, device)) = self.devices.range(..=address).next_back()?;
+    fn find(&self, address: u64, bytes: usize) -> Option<(u64, SharedDevice)> {
+        let devices = self.devices.read().unwrap_or_else(PoisonError::into_inner);
+        let (&base, (length, device)) = devices.range(..=address).next_back()?;
         let offset = address - base;
         let end = offset.checked_add(u64::try_from(bytes).ok()?)?;
-        (end <= *length).then_some((offset, device))
+        (end <= *length).then(|| (offset, device.clone()))
     }
 
     fn read(&self, address: u64, data: &mut [u8]) {
@@ -111,7 +121,8 @@ pub struct Allocation {
     pub interrupt: u32,
 }
 
-/// Ports, memory-mapped registers and interrupts. Devices are added before the vCPUs run.
+/// Ports, memory-mapped registers and interrupts. Places are allocated before the vCPUs run; devices may come and
+/// go at any time.
 pub struct Bus {
     ports: Space,
     memory: Space,
@@ -162,18 +173,18 @@ impl Bus {
     }
 
     /// Puts a device on ports.
-    pub fn add_ports(
-        &mut self,
-        base: u16,
-        count: u16,
-        device: SharedDevice,
-    ) -> Result<(), BusError> {
+    pub fn add_ports(&self, base: u16, count: u16, device: SharedDevice) -> Result<(), BusError> {
         self.ports.insert(base.into(), count.into(), device)
     }
 
     /// Puts a device where [`Bus::allocate`] said.
-    pub fn add_memory(&mut self, place: &Allocation, device: SharedDevice) -> Result<(), BusError> {
+    pub fn add_memory(&self, place: &Allocation, device: SharedDevice) -> Result<(), BusError> {
         self.memory.insert(place.base, place.bytes, device)
+    }
+
+    /// Takes a device away, if one is there. An access that has begun ends first or last, as it happens.
+    pub fn remove_memory(&self, place: &Allocation) {
+        self.memory.remove(place.base);
     }
 
     /// The guest reads a port. Nobody there: 0xff.
@@ -221,7 +232,7 @@ mod tests {
 
     #[test]
     fn accesses_reach_the_device_that_holds_them_whole() {
-        let mut bus = Bus::new(0x1000, 0x1000, 0, 5..=6);
+        let bus = Bus::new(0x1000, 0x1000, 0, 5..=6);
         let device = echo();
         bus.add_ports(0x60, 5, device.clone()).unwrap();
         let mut byte = [0];
@@ -241,7 +252,7 @@ mod tests {
 
     #[test]
     fn ranges_must_not_overlap() {
-        let mut bus = Bus::new(0x1000, 0x1000, 0, 5..=6);
+        let bus = Bus::new(0x1000, 0x1000, 0, 5..=6);
         bus.add_ports(0x60, 5, echo()).unwrap();
         for (base, count) in [(0x60, 1), (0x5f, 2), (0x64, 1), (0x50, 0x40), (0x10, 0)] {
             let result = bus.add_ports(base, count, echo());

@@ -8,18 +8,19 @@ use rustix::{
     io::{Errno, FdFlags, fcntl_setfd},
     net::{
         RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags, SocketType,
-        recv, recvmsg, send, sockopt::socket_type,
+        recvmsg, send, sockopt::socket_type,
     },
 };
 use std::{
+    error::Error,
     fs::File,
     io::IoSliceMut,
     mem::MaybeUninit,
     os::fd::{BorrowedFd, FromRawFd, OwnedFd},
 };
 use walnut_vmm_api::{
-    CONTROL_FD, ConfigError, FdSlot, MAX_FDS, MAX_MESSAGE_BYTES, Message, MessageError, Request,
-    VmConfig,
+    CONTROL_FD, ConfigError, FailureKind, FdSlot, MAX_FDS, MAX_MESSAGE_BYTES, Message,
+    MessageError, Request, VmConfig,
 };
 
 /// Why the conversation with the parent broke.
@@ -63,7 +64,7 @@ pub enum ControlError {
     },
 }
 
-/// The files that came with the configuration, by slot.
+/// The files that came with a request, by slot.
 #[derive(Debug, Default)]
 pub struct Files(Vec<Option<OwnedFd>>);
 
@@ -83,10 +84,10 @@ impl Files {
 }
 
 /// What the parent wants next.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum Incoming {
-    /// This.
-    Request(Request),
+    /// This, with the files that came along: those that nobody takes are closed.
+    Request(Request, Files),
     /// Nothing any more: it is gone.
     Hangup,
     /// Nothing at the moment.
@@ -120,18 +121,34 @@ impl Control {
 
     /// Waits for the configuration and its files. The parent may take its time; its end ends the wait.
     pub fn receive_boot(&self) -> Result<(VmConfig, Files), ControlError> {
+        let (request, files) = match self.receive_with(RecvFlags::empty())? {
+            Incoming::Request(request, files) => (request, files),
+            Incoming::Hangup | Incoming::Nothing => return Err(ControlError::NoBoot),
+        };
+        let Request::Boot(config) = request else {
+            return Err(ControlError::NotBoot);
+        };
+        config.validate(files.0.len())?;
+        Ok((config, files))
+    }
+
+    /// Reads one request and its files, if there is one.
+    pub fn receive(&self) -> Result<Incoming, ControlError> {
+        self.receive_with(RecvFlags::DONTWAIT)
+    }
+
+    fn receive_with(&self, flags: RecvFlags) -> Result<Incoming, ControlError> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let mut packet = vec![0; MAX_MESSAGE_BYTES];
+        let flags = flags | RecvFlags::CMSG_CLOEXEC;
         let received = loop {
             let mut parts = [IoSliceMut::new(&mut packet)];
-            match recvmsg(
-                &self.socket,
-                &mut parts,
-                &mut ancillary,
-                RecvFlags::CMSG_CLOEXEC,
-            ) {
+            match recvmsg(&self.socket, &mut parts, &mut ancillary, flags) {
                 Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return Ok(Incoming::Nothing),
+                // The kernel says so once when a message to the parent was lost.
+                Err(Errno::CONNRESET) => return Ok(Incoming::Hangup),
                 result => break result.map_err(failed("read"))?,
             }
         };
@@ -142,31 +159,14 @@ impl Control {
             }
         }
         if received.bytes == 0 {
-            return Err(ControlError::NoBoot);
+            return Ok(Incoming::Hangup);
         }
         let cut = ReturnFlags::TRUNC | ReturnFlags::CTRUNC;
         if received.flags.intersects(cut) || files.len() > MAX_FDS {
             return Err(ControlError::TooLarge);
         }
         packet.truncate(received.bytes);
-        let Request::Boot(config) = Request::decode(&packet)? else {
-            return Err(ControlError::NotBoot);
-        };
-        config.validate(files.len())?;
-        Ok((config, Files(files)))
-    }
-
-    /// Reads one request if there is one.
-    pub fn receive(&self) -> Result<Incoming, ControlError> {
-        let mut packet = vec![0; MAX_MESSAGE_BYTES];
-        let flags = RecvFlags::DONTWAIT | RecvFlags::TRUNC;
-        match recv(&self.socket, &mut packet[..], flags) {
-            Ok((0, _)) | Err(Errno::CONNRESET) => Ok(Incoming::Hangup),
-            Ok((bytes, length)) if length > bytes => Err(ControlError::TooLarge),
-            Ok((bytes, _)) => Ok(Incoming::Request(Request::decode(&packet[..bytes])?)),
-            Err(Errno::AGAIN | Errno::INTR) => Ok(Incoming::Nothing),
-            Err(source) => Err(failed("read")(source)),
-        }
+        Ok(Incoming::Request(Request::decode(&packet)?, Files(files)))
     }
 
     /// Sends one message. A parent that reads none until the socket is full breaks the contract.
@@ -186,6 +186,25 @@ impl std::os::fd::AsRawFd for Control {
     fn as_raw_fd(&self) -> std::os::fd::RawFd {
         self.socket.as_raw_fd()
     }
+}
+
+/// The answer to a request that failed.
+pub fn failure(kind: FailureKind, error: &dyn Error) -> Message {
+    Message::Failed {
+        kind,
+        error: chain(error),
+    }
+}
+
+/// An error and its sources on one line.
+pub fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text.push_str(&format!(": {error}"));
+        source = error.source();
+    }
+    text
 }
 
 fn failed(action: &'static str) -> impl FnOnce(Errno) -> ControlError {
@@ -279,18 +298,25 @@ mod tests {
     #[test]
     fn requests_and_the_end_of_the_parent_are_told_apart() {
         let (parent, control) = pair();
-        assert_eq!(control.receive().unwrap(), Incoming::Nothing);
+        assert!(matches!(control.receive().unwrap(), Incoming::Nothing));
         let packet = Request::Statistics.encode().unwrap();
         send_with(&parent, &packet, &[]);
-        let request = Incoming::Request(Request::Statistics);
-        assert_eq!(control.receive().unwrap(), request);
+        let request = control.receive().unwrap();
+        assert!(matches!(request, Incoming::Request(Request::Statistics, _)));
+        // Files that nobody asked for are closed with the request.
+        let (mut kept, sent) = rustix::pipe::pipe()
+            .map(|(r, w)| (File::from(r), w))
+            .unwrap();
+        send_with(&parent, &packet, &[sent.into()]);
+        drop(control.receive().unwrap());
+        assert_eq!(kept.read(&mut [0]).unwrap(), 0, "no writer is left");
         send_with(&parent, b"garbage", &[]);
         assert!(control.receive().is_err());
         control.send(&Message::Booted).unwrap();
         drop(parent);
         // The kernel says once that a message was lost, and then that the end is there.
-        assert_eq!(control.receive().unwrap(), Incoming::Hangup);
-        assert_eq!(control.receive().unwrap(), Incoming::Hangup);
+        assert!(matches!(control.receive().unwrap(), Incoming::Hangup));
+        assert!(matches!(control.receive().unwrap(), Incoming::Hangup));
         assert!(control.send(&Message::GuestReady).is_err());
     }
 }

@@ -1,33 +1,50 @@
 //! A VM under construction: memory, bus and KVM together, so that adding a device is one step.
 //!
-//! Must not know any particular device.
+//! Must not know any particular device but the one by which the guest hears of changes to the machine.
 
 use crate::{
     arch::x86_64::{
-        acpi::{self, AcpiError},
+        acpi::{self, AcpiError, Contents},
         cpuid::{self, Place},
+        hotplug::EVENT_PORTS,
         image::Loaded,
         layout,
         pvh::{PvhError, StartInfo},
         registers,
     },
     bus::{Allocation, Bus, BusDevice, BusError},
-    devices::virtio::{
-        VirtioDevice,
-        mmio::{QUEUE_NOTIFY, REGISTERS_BYTES, Transport, TransportError},
+    devices::{
+        ged::EventDevice,
+        virtio::{
+            SharedRegion, VirtioDevice,
+            mmio::{REGISTERS_BYTES, TransportError},
+        },
     },
+    file_mapping::{self, FileMapping},
     memory::{self, MemoryError},
+    running::RunningMachine,
+    slots::{Plugged, Slots},
     vcpu::{self, VcpuError, Vcpus},
     vm::{Vm, VmError},
+    window::Window,
+};
+use kvm_bindings::CpuId;
+use kvm_ioctls::VcpuFd;
+use rustix::{
+    io::Errno,
+    rand::{GetRandomFlags, getrandom},
 };
 use std::{
     io,
     os::fd::OwnedFd,
     sync::{Arc, Mutex},
 };
-use vm_memory::{Bytes, GuestMemoryError, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryError, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
-use walnut_vmm_api::{FailureKind, VmConfig};
+use walnut_vmm_api::{FailureKind, MEMORY_STEP_MIB, VmConfig};
+
+/// What the guest adds device memory in pieces of (`SUBSECTION_SIZE` of Linux).
+const WINDOW_ALIGNMENT: u64 = 2 << 20;
 
 /// Why a machine cannot be built.
 #[derive(Debug, thiserror::Error)]
@@ -55,6 +72,17 @@ pub enum MachineError {
     /// Addresses and interrupts.
     #[error("cannot put a device on the bus")]
     Bus(#[from] BusError),
+    /// More memory slots than there are numbers.
+    #[error("the VM has too many pieces of memory")]
+    Slots,
+    /// A window on files.
+    #[error("cannot reserve addresses for {mib} MiB of shared files")]
+    Window {
+        /// How much.
+        mib: u32,
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// The virtio transport.
     #[error("cannot make a virtio device")]
     Transport(#[from] TransportError),
@@ -67,6 +95,9 @@ pub enum MachineError {
     /// ACPI tables.
     #[error("cannot describe the machine by ACPI")]
     Acpi(#[from] AcpiError),
+    /// The generation id.
+    #[error("the host has no random bytes for the VM's generation id")]
+    Random(#[source] Errno),
     /// Descriptor table.
     #[error("cannot write the descriptor table")]
     DescriptorTable(#[source] GuestMemoryError),
@@ -87,37 +118,37 @@ pub struct Machine {
     vm: Vm,
     memory: GuestMemoryMmap,
     ram_bytes: u64,
+    growth: Option<SharedRegion>,
+    mappings: Vec<FileMapping>,
+    windows: Vec<Arc<Window>>,
     bus: Bus,
     virtio: Vec<Allocation>,
-}
-
-/// A VM whose vCPUs wait or run. Memory and VM live as long as they do.
-pub struct RunningMachine {
-    /// The vCPU threads.
-    pub vcpus: Vcpus,
-    _vm: Vm,
-    _memory: GuestMemoryMmap,
 }
 
 impl Machine {
     /// RAM and an interrupt controller.
     pub fn new(kvm: OwnedFd, config: &VmConfig) -> Result<Self, MachineError> {
         let ram_bytes = u64::from(config.memory_mib) << 20;
-        let vm = Vm::new(kvm, config.vcpus)?;
-        let memory = memory::allocate(&layout::ram(ram_bytes))?;
+        let vm = Vm::new(kvm, max_vcpus(config))?;
+        let mut bus = Bus::new(
+            layout::VIRTIO_MMIO.0,
+            layout::VIRTIO_MMIO_BYTES,
+            layout::device_memory(ram_bytes).0,
+            layout::FIRST_INTERRUPT..=layout::LAST_INTERRUPT,
+        );
+        let growth = allocate_growth(&mut bus, config)?;
+        let mut ranges = layout::ram(ram_bytes);
+        ranges.extend(growth.map(|region| (region.address, region.bytes)));
+        let memory = memory::allocate(&ranges)?;
         vm.add_memory(&memory)?;
-        let interrupts = layout::FIRST_INTERRUPT..=layout::LAST_INTERRUPT;
-        let window = layout::VIRTIO_MMIO.0;
         Ok(Self {
             vm,
             memory,
             ram_bytes,
-            bus: Bus::new(
-                window,
-                layout::VIRTIO_MMIO_BYTES,
-                layout::device_memory(ram_bytes).0,
-                interrupts,
-            ),
+            growth,
+            mappings: Vec::new(),
+            windows: Vec::new(),
+            bus,
             virtio: Vec::new(),
         })
     }
@@ -130,6 +161,47 @@ impl Machine {
     /// Bytes of guest RAM.
     pub fn ram_bytes(&self) -> u64 {
         self.ram_bytes
+    }
+
+    /// The part of guest memory that the guest does not have yet, where it may grow.
+    pub fn growth(&self) -> Option<SharedRegion> {
+        self.growth
+    }
+
+    /// Shows a file to the guest, and tells where.
+    pub fn add_mapping(&mut self, mapping: FileMapping) -> Result<SharedRegion, MachineError> {
+        let bytes = mapping.bytes();
+        let base = self.bus.allocate_memory(bytes, file_mapping::ALIGNMENT)?;
+        let address = GuestAddress(base);
+        let slot = self.next_slot()?;
+        self.vm.add_mapping(slot, address, &mapping)?;
+        self.mappings.push(mapping);
+        Ok(SharedRegion { address, bytes })
+    }
+
+    /// Gives the guest a window of this size, through which a device may show it files; none of 0 MiB.
+    pub fn add_window(&mut self, mib: u32) -> Result<Option<Arc<Window>>, MachineError> {
+        if mib == 0 {
+            return Ok(None);
+        }
+        let bytes = u64::from(mib) << 20;
+        let address = GuestAddress(self.bus.allocate_memory(bytes, WINDOW_ALIGNMENT)?);
+        let window = Window::new(SharedRegion { address, bytes });
+        let window = window.map_err(|source| MachineError::Window {
+            mib,
+            source: source.into(),
+        })?;
+        let slot = self.next_slot()?;
+        self.vm.add_window(slot, &window)?;
+        let window = Arc::new(window);
+        self.windows.push(window.clone());
+        Ok(Some(window))
+    }
+
+    /// The first memory slot that holds nothing.
+    fn next_slot(&self) -> Result<u32, MachineError> {
+        let used = self.memory.num_regions() + self.mappings.len() + self.windows.len();
+        u32::try_from(used).map_err(|_| MachineError::Slots)
     }
 
     /// An event that raises `interrupt`.
@@ -152,49 +224,102 @@ impl Machine {
     /// Puts a virtio device behind a transport, with its interrupt and its kicks.
     pub fn add_virtio(&mut self, device: Box<dyn VirtioDevice>) -> Result<(), MachineError> {
         let place = self.bus.allocate(REGISTERS_BYTES)?;
-        let irqfd = Arc::new(self.interrupt(place.interrupt)?);
-        let transport = Transport::new(device, self.memory.clone(), irqfd)?;
-        for (index, kick) in (0..).zip(transport.kicks()) {
-            self.vm
-                .attach_kick(kick, place.base + QUEUE_NOTIFY, index)?;
-        }
-        self.bus
-            .add_memory(&place, Arc::new(Mutex::new(transport)))?;
+        Plugged::new(&self.vm, &self.bus, &self.memory, place, device)?;
         self.virtio.push(place);
         Ok(())
     }
 
     /// Describes the machine to the kernel, and makes the vCPUs. After the last device.
-    pub fn finish(self, config: &VmConfig, loaded: Loaded) -> Result<RunningMachine, MachineError> {
+    pub fn finish(
+        mut self,
+        config: &VmConfig,
+        loaded: Loaded,
+    ) -> Result<RunningMachine, MachineError> {
+        let slots = Slots::reserve(&mut self.bus);
+        self.describe(config, &loaded, &slots.allocations())?;
+        let interrupt = self.interrupt(layout::EVENT_INTERRUPT)?;
+        let events = Arc::new(Mutex::new(EventDevice::new(config.vcpus, interrupt)));
+        let ports = EVENT_PORTS.into();
+        self.add_ports(layout::EVENT_PORT, ports, events.clone())?;
+
+        let supported = self.vm.supported_cpuid()?;
+        let bus = Arc::new(self.bus);
+        let mut vcpus = Vcpus::new(bus.clone())?;
+        for id in 0..config.vcpus {
+            let count = max_vcpus(config);
+            let vcpu = make_vcpu(&self.vm, &supported, Place { id, count })?;
+            if id == 0 {
+                vcpu::enter(&vcpu, loaded.entry)?;
+            }
+            vcpus.add(id, vcpu)?;
+        }
+        Ok(RunningMachine {
+            vcpus,
+            vm: self.vm,
+            memory: self.memory,
+            _mappings: self.mappings,
+            _windows: self.windows,
+            bus,
+            events,
+            slots,
+            supported,
+            max_vcpus: max_vcpus(config),
+            memory_mib: config.memory_mib,
+            paused: false,
+        })
+    }
+
+    /// Writes what the kernel reads about the machine.
+    fn describe(
+        &self,
+        config: &VmConfig,
+        loaded: &Loaded,
+        places: &[Allocation],
+    ) -> Result<(), MachineError> {
         let start_info = StartInfo {
             cmdline: &config.cmdline,
             initramfs: loaded.initramfs,
             ram_bytes: self.ram_bytes,
         };
         start_info.write(&self.memory)?;
-        acpi::write(&self.memory, config.vcpus, &self.virtio)?;
+        let contents = Contents {
+            vcpus: config.vcpus,
+            max_vcpus: max_vcpus(config),
+            virtio: &self.virtio,
+            places,
+        };
+        let mut generation_id = [0; 16];
+        getrandom(&mut generation_id, GetRandomFlags::empty()).map_err(MachineError::Random)?;
+        acpi::write(&self.memory, &contents, generation_id)?;
         self.memory
             .write_slice(&registers::descriptor_table(), layout::GDT)
-            .map_err(MachineError::DescriptorTable)?;
-
-        let supported = self.vm.supported_cpuid()?;
-        let mut vcpus = Vec::new();
-        for id in 0..config.vcpus {
-            let vcpu = self.vm.create_vcpu(id)?;
-            let place = Place {
-                id,
-                count: config.vcpus,
-            };
-            let cpuid = cpuid::adapt(&supported, place).map_err(|_| MachineError::Cpuid)?;
-            vcpu.set_cpuid2(&cpuid)
-                .map_err(|source| MachineError::SetCpuid { id, source })?;
-            vcpu::prepare(&vcpu, id, loaded.entry)?;
-            vcpus.push(vcpu);
-        }
-        Ok(RunningMachine {
-            vcpus: Vcpus::spawn(vcpus, Arc::new(self.bus))?,
-            _vm: self.vm,
-            _memory: self.memory,
-        })
+            .map_err(MachineError::DescriptorTable)
     }
+}
+
+/// Where the guest's memory may grow: above RAM, by whole steps.
+fn allocate_growth(bus: &mut Bus, config: &VmConfig) -> Result<Option<SharedRegion>, BusError> {
+    let most = config.max_memory_mib.unwrap_or(config.memory_mib);
+    let bytes = u64::from(most.saturating_sub(config.memory_mib)) << 20;
+    if bytes == 0 {
+        return Ok(None);
+    }
+    let base = bus.allocate_memory(bytes, u64::from(MEMORY_STEP_MIB) << 20)?;
+    let address = GuestAddress(base);
+    Ok(Some(SharedRegion { address, bytes }))
+}
+
+fn max_vcpus(config: &VmConfig) -> u8 {
+    config.max_vcpus.unwrap_or(config.vcpus)
+}
+
+/// A vCPU with all that it needs before it runs, but the registers with which vCPU 0 enters the kernel.
+pub fn make_vcpu(vm: &Vm, supported: &CpuId, place: Place) -> Result<VcpuFd, MachineError> {
+    let id = place.id;
+    let vcpu = vm.create_vcpu(id)?;
+    let cpuid = cpuid::adapt(supported, place).map_err(|_| MachineError::Cpuid)?;
+    vcpu.set_cpuid2(&cpuid)
+        .map_err(|source| MachineError::SetCpuid { id, source })?;
+    vcpu::prepare(&vcpu, id)?;
+    Ok(vcpu)
 }

@@ -2,13 +2,13 @@
 //!
 //! Standard error carries at most one line, and the console's tail when the guest failed.
 
-use std::{error::Error, io::Write, process::exit, sync::PoisonError};
+use std::{error::Error, io::Write, process::exit};
 use walnut_vmm::{
     boot::{self, BootError},
-    control::{Control, ControlError},
+    control::{Control, ControlError, chain, failure},
     session::{self, Outcome},
 };
-use walnut_vmm_api::{FailureKind, Message, VmmExit};
+use walnut_vmm_api::{FailureKind, VmmExit};
 
 fn main() {
     std::panic::set_hook(Box::new(|panic| {
@@ -27,17 +27,13 @@ fn run() -> VmmExit {
         Ok(received) => received,
         Err(error) => return refuse(&control, FailureKind::Config, &error),
     };
-    let booted = match boot::boot(&config, &mut files) {
+    let mut booted = match boot::boot(&config, &mut files) {
         Ok(booted) => booted,
         Err(error) => return refuse(&control, BootError::kind(&error), &error),
     };
     drop(files);
-    let outcome = session::run(&control, &booted.machine.vcpus, &booted.ready);
-    let mut console = booted
-        .console
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner);
-    let tail = console.finish();
+    let outcome = session::run(&control, &mut booted.machine, &booted.ready, &booted.resize);
+    let tail = booted.console.finish();
     match outcome {
         Ok(outcome) => report(&outcome, &tail),
         Err(error) => fail(VmmExit::Device, &error),
@@ -53,12 +49,8 @@ fn arguments() -> Result<(), ControlError> {
 
 /// Tells the parent, which asked for the VM, and standard error.
 fn refuse(control: &Control, kind: FailureKind, error: &dyn Error) -> VmmExit {
-    let message = Message::Failed {
-        kind,
-        error: chain(error),
-    };
     // A parent that is gone needs no answer.
-    let _ = control.send(&message);
+    let _ = control.send(&failure(kind, error));
     fail(VmmExit::Setup, error)
 }
 
@@ -74,17 +66,6 @@ fn report(outcome: &Outcome, tail: &str) -> VmmExit {
 fn fail(exit: VmmExit, error: &dyn Error) -> VmmExit {
     say(&chain(error));
     exit
-}
-
-/// An error and its sources on one line.
-fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text.push_str(&format!(": {error}"));
-        source = error.source();
-    }
-    text
 }
 
 /// Writes to standard error; a closed one must not make this process panic.

@@ -1,14 +1,17 @@
 //! The VM's life from its first instruction to its end: waits for the parent, the vCPUs and the guest's init
-//! at once, and says how it all ended. Must not know any device.
+//! at once, does what the parent asks, and says how it all ended. Must not know any device.
 
 use crate::{
-    control::{Control, ControlError, Incoming},
+    attach::{self, AttachError},
+    control::{Control, ControlError, Files, Incoming, failure},
     event_loop::Poll,
-    vcpu::{End, Vcpus},
+    resize::{Resize, ResizeError},
+    running::{RunningError, RunningMachine},
+    vcpu::End,
 };
 use std::{io, time::Duration};
 use vmm_sys_util::{epoll::EventSet, eventfd::EventFd};
-use walnut_vmm_api::{Message, Request, VmmExit};
+use walnut_vmm_api::{FailureKind, Message, Request, Statistics, VmmExit};
 
 const CONTROL: u64 = 0;
 const ENDED: u64 = 1;
@@ -58,24 +61,30 @@ impl From<End> for Outcome {
 }
 
 /// Runs the vCPUs until the VM ends, and stops them all.
-pub fn run(control: &Control, vcpus: &Vcpus, ready: &EventFd) -> Result<Outcome, SessionError> {
+pub fn run(
+    control: &Control,
+    machine: &mut RunningMachine,
+    ready: &EventFd,
+    resize: &Resize,
+) -> Result<Outcome, SessionError> {
     let mut poll = Poll::new()?;
     poll.add(control, CONTROL, EventSet::IN)?;
-    poll.add(vcpus.ended(), ENDED, EventSet::IN)?;
+    poll.add(machine.vcpus.ended(), ENDED, EventSet::IN)?;
     poll.add(ready, READY, EventSet::IN)?;
-    vcpus.run();
+    machine.vcpus.run();
     control.send(&Message::Booted)?;
     loop {
         for (token, _) in poll.wait()? {
             let outcome = match token {
-                CONTROL => serve(control, vcpus)?,
-                ENDED => vcpus.end().map(Outcome::from),
+                CONTROL => serve(control, machine, resize)?,
+                ENDED => machine.vcpus.end().map(Outcome::from),
                 _ => announce(control, &poll, ready)?,
             };
             if let Some(outcome) = outcome {
                 let ended = usize::from(token == ENDED);
                 // One that does not stop cannot keep the process from ending.
-                let _ = vcpus.stop(vcpus.count() - ended, STOP_DEADLINE);
+                let left = machine.vcpus.count() - ended;
+                let _ = machine.vcpus.stop(left, STOP_DEADLINE);
                 return Ok(outcome);
             }
         }
@@ -83,15 +92,83 @@ pub fn run(control: &Control, vcpus: &Vcpus, ready: &EventFd) -> Result<Outcome,
 }
 
 /// Answers one request.
-fn serve(control: &Control, vcpus: &Vcpus) -> Result<Option<Outcome>, SessionError> {
-    match control.receive()? {
-        Incoming::Request(Request::Statistics) => {
-            control.send(&Message::Statistics(vcpus.statistics()))?;
-            Ok(None)
+fn serve(
+    control: &Control,
+    machine: &mut RunningMachine,
+    resize: &Resize,
+) -> Result<Option<Outcome>, SessionError> {
+    let answer = match control.receive()? {
+        Incoming::Request(Request::Boot(_), _) => return Err(ControlError::SecondBoot.into()),
+        Incoming::Request(Request::Stop, _) | Incoming::Hangup => {
+            return Ok(Some(Outcome::ended()));
         }
-        Incoming::Request(Request::Boot(_)) => Err(ControlError::SecondBoot.into()),
-        Incoming::Request(Request::Stop) | Incoming::Hangup => Ok(Some(Outcome::ended())),
-        Incoming::Nothing => Ok(None),
+        Incoming::Nothing => return Ok(None),
+        Incoming::Request(request, files) => answer(request, files, machine, resize),
+    };
+    control.send(&answer)?;
+    Ok(None)
+}
+
+/// Does what a request asks. Files that it didn't need are closed with `files`.
+fn answer(
+    request: Request,
+    mut files: Files,
+    machine: &mut RunningMachine,
+    resize: &Resize,
+) -> Message {
+    match request {
+        Request::Statistics => Message::Statistics(Statistics {
+            memory: resize.statistics(),
+            ..machine.statistics()
+        }),
+        Request::Pause => done(machine.pause()),
+        Request::Resume => done(machine.resume()),
+        Request::SetBalloon { mib } => done_to_memory(resize.set_balloon(mib)),
+        Request::PowerButton => {
+            machine.press_power_button();
+            Message::Done
+        }
+        Request::AttachDisk(config) => attached(attach::disk(machine, &config, &mut files)),
+        Request::AttachNetwork(config) => attached(attach::network(machine, &config, &mut files)),
+        Request::Detach { name } => done(machine.detach(&name)),
+        Request::Resize { vcpus, memory_mib } => change_size(machine, resize, vcpus, memory_mib),
+        // `serve` has looked for them.
+        Request::Boot(_) | Request::Stop => failure(FailureKind::State, &ControlError::SecondBoot),
+    }
+}
+
+fn done(result: Result<(), RunningError>) -> Message {
+    match result {
+        Ok(()) => Message::Done,
+        Err(error) => failure(error.kind(), &error),
+    }
+}
+
+fn done_to_memory(result: Result<(), ResizeError>) -> Message {
+    match result {
+        Ok(()) => Message::Done,
+        Err(error) => failure(error.kind(), &error),
+    }
+}
+
+/// Memory first: it is refused without an effect.
+fn change_size(
+    machine: &mut RunningMachine,
+    resize: &Resize,
+    vcpus: Option<u8>,
+    memory_mib: Option<u32>,
+) -> Message {
+    let memory = memory_mib.map_or(Ok(()), |mib| resize.set_memory(mib));
+    match (memory, vcpus) {
+        (Ok(()), Some(vcpus)) => done(machine.set_vcpus(vcpus)),
+        (memory, _) => done_to_memory(memory),
+    }
+}
+
+fn attached(result: Result<String, AttachError>) -> Message {
+    match result {
+        Ok(name) => Message::Attached { name },
+        Err(error) => failure(error.kind(), &error),
     }
 }
 

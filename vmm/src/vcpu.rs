@@ -4,9 +4,10 @@
 )]
 //! vCPU threads.
 //!
-//! A vCPU waits, runs, and ends; [`State`] says which. Commands reach it through a channel, and a signal
+//! A vCPU is paused, runs, and ends; [`State`] says which. Commands reach it through a channel, and a signal
 //! makes it look: the handler sets `immediate_exit` of its own `kvm_run`, so that a signal which arrives just
-//! before KVM_RUN is not lost. Must not know any device.
+//! before KVM_RUN is not lost. A vCPU that left KVM_RUN so has no access of the guest half done. Must not know
+//! any device.
 
 use crate::{
     arch::x86_64::registers,
@@ -17,6 +18,7 @@ use kvm_bindings::{Msrs, kvm_run};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use std::{
     cell::Cell,
+    convert::Infallible,
     io,
     ptr::null_mut,
     sync::{
@@ -33,7 +35,7 @@ use vmm_sys_util::{
     eventfd::{EFD_NONBLOCK, EventFd},
     signal::{Killable, SIGRTMIN, register_signal_handler},
 };
-use walnut_vmm_api::Statistics;
+use walnut_vmm_api::Exits;
 
 /// Why a vCPU cannot be made ready.
 #[derive(Debug, thiserror::Error)]
@@ -83,17 +85,19 @@ pub enum End {
 }
 
 /// What a vCPU can be told.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 enum Command {
     Run,
+    /// Nothing is ever sent: that the sender goes is the answer.
+    Pause(Sender<Infallible>),
     Stop,
 }
 
 /// Where a vCPU is in its life.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum State {
-    /// Waits for a command.
-    Waiting,
+    /// Waits for a command, as it does at first.
+    Paused,
     /// Executes the guest.
     Running,
     /// For good.
@@ -104,26 +108,29 @@ impl State {
     fn after(command: Command) -> Self {
         match command {
             Command::Run => Self::Running,
+            Command::Pause(running) => {
+                drop(running);
+                Self::Paused
+            }
             Command::Stop => Self::Ended(End::Stopped),
         }
     }
 }
 
-/// How often vCPUs came back from KVM_RUN.
+/// How often a vCPU came back from KVM_RUN.
 #[derive(Debug, Default)]
-pub struct Counters {
+struct Counters {
     io: AtomicU64,
     mmio: AtomicU64,
     other: AtomicU64,
 }
 
 impl Counters {
-    /// The counts now.
-    pub fn statistics(&self) -> Statistics {
-        Statistics {
-            io_exits: self.io.load(Ordering::Relaxed),
-            mmio_exits: self.mmio.load(Ordering::Relaxed),
-            other_exits: self.other.load(Ordering::Relaxed),
+    fn exits(&self) -> Exits {
+        Exits {
+            io: self.io.load(Ordering::Relaxed),
+            mmio: self.mmio.load(Ordering::Relaxed),
+            other: self.other.load(Ordering::Relaxed),
         }
     }
 }
@@ -155,10 +162,10 @@ struct Vcpu {
 impl Vcpu {
     fn live(mut self) -> End {
         KVM_RUN.set(self.fd.get_kvm_run());
-        let mut state = State::Waiting;
+        let mut state = State::Paused;
         let end = loop {
             state = match state {
-                State::Waiting => self.wait(),
+                State::Paused => self.wait(),
                 State::Running => self.run(),
                 State::Ended(end) => break end,
             };
@@ -171,7 +178,15 @@ impl Vcpu {
         // The sender is gone: so is whoever could want this vCPU to run.
         self.commands
             .recv()
-            .map_or(State::Ended(End::Stopped), State::after)
+            .map_or(State::Ended(End::Stopped), |command| self.obey(command))
+    }
+
+    fn obey(&self, command: Command) -> State {
+        if let Command::Pause(_) = command {
+            // The guest's watchdogs then forgive the gap. Refused where it doesn't use kvm-clock.
+            let _ = self.fd.kvmclock_ctrl();
+        }
+        State::after(command)
     }
 
     /// One trip into the guest and back.
@@ -221,7 +236,7 @@ impl Vcpu {
                 // First allow the next entry, then look: a command that comes in between brings its signal.
                 self.fd.set_kvm_immediate_exit(0);
                 match self.commands.try_recv() {
-                    Ok(command) => State::after(command),
+                    Ok(command) => self.obey(command),
                     Err(TryRecvError::Empty) => State::Running,
                     Err(TryRecvError::Disconnected) => State::Ended(End::Stopped),
                 }
@@ -252,79 +267,108 @@ impl Vcpu {
     }
 }
 
-/// Sets registers of a vCPU that is not running: all of them for number 0, which starts the kernel.
-pub fn prepare(fd: &VcpuFd, id: u8, entry: GuestAddress) -> Result<(), VcpuError> {
-    let failed = |call| move |source| VcpuError::Call { call, id, source };
+/// Sets registers that every vCPU needs before it runs.
+pub fn prepare(fd: &VcpuFd, id: u8) -> Result<(), VcpuError> {
     let wanted = [registers::mtrr_default()];
     let msrs = Msrs::from_entries(&wanted).map_err(|_| VcpuError::Registers(id))?;
-    let set = fd.set_msrs(&msrs).map_err(failed("KVM_SET_MSRS"))?;
+    let set = fd.set_msrs(&msrs).map_err(failed("KVM_SET_MSRS", id))?;
     if set != wanted.len() {
         return Err(VcpuError::Registers(id));
     }
-    if id == 0 {
-        let system = fd.get_sregs().map_err(failed("KVM_GET_SREGS"))?;
-        fd.set_sregs(&registers::system(system))
-            .map_err(failed("KVM_SET_SREGS"))?;
-        fd.set_regs(&registers::general(entry))
-            .map_err(failed("KVM_SET_REGS"))?;
-    }
     Ok(())
+}
+
+/// Lets vCPU 0 start at the kernel's `entry`. The others wait for its word.
+pub fn enter(fd: &VcpuFd, entry: GuestAddress) -> Result<(), VcpuError> {
+    let system = fd.get_sregs().map_err(failed("KVM_GET_SREGS", 0))?;
+    fd.set_sregs(&registers::system(system))
+        .map_err(failed("KVM_SET_SREGS", 0))?;
+    fd.set_regs(&registers::general(entry))
+        .map_err(failed("KVM_SET_REGS", 0))
+}
+
+fn failed(call: &'static str, id: u8) -> impl FnOnce(kvm_ioctls::Error) -> VcpuError {
+    move |source| VcpuError::Call { call, id, source }
 }
 
 struct Handle {
     commands: Sender<Command>,
     thread: JoinHandle<()>,
+    counters: Arc<Counters>,
 }
 
 /// All vCPU threads of the VM.
 pub struct Vcpus {
+    bus: Arc<Bus>,
     handles: Vec<Handle>,
+    reports: Sender<End>,
     ends: Receiver<End>,
     ended: EventFd,
-    counters: Arc<Counters>,
 }
 
 impl Vcpus {
-    /// Starts a thread for each of `fds`, which waits for [`Vcpus::run`].
-    pub fn spawn(fds: Vec<VcpuFd>, bus: Arc<Bus>) -> Result<Self, VcpuError> {
+    /// None yet; those to come reach devices by `bus`.
+    pub fn new(bus: Arc<Bus>) -> Result<Self, VcpuError> {
         register_signal_handler(SIGRTMIN(), on_signal).map_err(VcpuError::Signal)?;
-        let ended = EventFd::new(EFD_NONBLOCK).map_err(VcpuError::Event)?;
-        let counters = Arc::<Counters>::default();
-        let (sender, ends) = channel();
-        let mut handles = Vec::new();
-        for (id, fd) in (0..).zip(fds) {
-            let (commands, receiver) = channel();
-            let vcpu = Vcpu {
-                id,
-                fd,
-                bus: bus.clone(),
-                counters: counters.clone(),
-                commands: receiver,
-            };
-            let report = (sender.clone(), ended.try_clone().map_err(VcpuError::Event)?);
-            let thread = Builder::new()
-                .name(format!("vcpu{id}"))
-                .stack_size(STACK_BYTES)
-                .spawn(move || {
-                    let end = vcpu.live();
-                    // Nobody listens any more only when the process ends.
-                    let _ = report.0.send(end);
-                    let _ = report.1.write(1);
-                })
-                .map_err(|source| VcpuError::Thread { id, source })?;
-            handles.push(Handle { commands, thread });
-        }
+        let (reports, ends) = channel();
         Ok(Self {
-            handles,
+            bus,
+            handles: Vec::new(),
+            reports,
             ends,
-            ended,
-            counters,
+            ended: EventFd::new(EFD_NONBLOCK).map_err(VcpuError::Event)?,
         })
     }
 
-    /// Lets all of them execute the guest.
+    /// Starts the thread of vCPU `id`, which waits for [`Vcpus::run`].
+    pub fn add(&mut self, id: u8, fd: VcpuFd) -> Result<(), VcpuError> {
+        let (commands, receiver) = channel();
+        let counters = Arc::<Counters>::default();
+        let vcpu = Vcpu {
+            id,
+            fd,
+            bus: self.bus.clone(),
+            counters: counters.clone(),
+            commands: receiver,
+        };
+        let reports = self.reports.clone();
+        let ended = self.ended.try_clone().map_err(VcpuError::Event)?;
+        let thread = Builder::new()
+            .name(format!("vcpu{id}"))
+            .stack_size(STACK_BYTES)
+            .spawn(move || {
+                let end = vcpu.live();
+                // Nobody listens any more only when the process ends.
+                let _ = reports.send(end);
+                let _ = ended.write(1);
+            })
+            .map_err(|source| VcpuError::Thread { id, source })?;
+        self.handles.push(Handle {
+            commands,
+            thread,
+            counters,
+        });
+        Ok(())
+    }
+
+    /// Lets all of them execute the guest, whether they do already or not.
     pub fn run(&self) {
         self.command(Command::Run);
+    }
+
+    /// Lets none of them execute the guest. When one still does after `deadline`, all go on and the answer is
+    /// false.
+    pub fn pause(&self, deadline: Duration) -> bool {
+        let (running, paused) = channel();
+        self.command(Command::Pause(running));
+        let all = matches!(
+            paused.recv_timeout(deadline),
+            Err(RecvTimeoutError::Disconnected)
+        );
+        if !all {
+            self.run();
+        }
+        all
     }
 
     /// Stops all of them; false when one does not answer within `deadline`.
@@ -333,11 +377,10 @@ impl Vcpus {
         let start = Instant::now();
         while still_running > 0 {
             let left = deadline.saturating_sub(start.elapsed());
-            match self.ends.recv_timeout(left) {
-                Ok(_) => still_running -= 1,
-                Err(RecvTimeoutError::Disconnected) => return true,
-                Err(RecvTimeoutError::Timeout) => return false,
+            if self.ends.recv_timeout(left).is_err() {
+                return false;
             }
+            still_running -= 1;
         }
         true
     }
@@ -357,15 +400,16 @@ impl Vcpus {
         self.ends.try_recv().ok()
     }
 
-    /// How often they came back from KVM_RUN.
-    pub fn statistics(&self) -> Statistics {
-        self.counters.statistics()
+    /// How often each came back from KVM_RUN.
+    pub fn exits(&self) -> Vec<Exits> {
+        let counters = self.handles.iter().map(|handle| &handle.counters);
+        counters.map(|counters| counters.exits()).collect()
     }
 
     fn command(&self, command: Command) {
         for handle in &self.handles {
             // Fails only when that thread has ended, and then there is nothing to tell it.
-            if handle.commands.send(command).is_ok() {
+            if handle.commands.send(command.clone()).is_ok() {
                 let _ = handle.thread.kill(SIGRTMIN());
             }
         }
@@ -388,7 +432,11 @@ mod tests {
 
     #[test]
     fn commands_lead_to_states() {
+        let (running, paused) = channel();
         assert_eq!(State::after(Command::Run), State::Running);
         assert_eq!(State::after(Command::Stop), State::Ended(End::Stopped));
+        assert_eq!(State::after(Command::Pause(running)), State::Paused);
+        let answer = paused.try_recv();
+        assert_eq!(answer, Err(TryRecvError::Disconnected), "it has answered");
     }
 }

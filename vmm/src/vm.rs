@@ -6,7 +6,7 @@
 //!
 //! Must not know any device.
 
-use crate::arch::x86_64::layout;
+use crate::{arch::x86_64::layout, file_mapping::FileMapping, window::Window};
 use kvm_bindings::{
     CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, kvm_userspace_memory_region,
 };
@@ -111,6 +111,27 @@ impl Vm {
         Ok(())
     }
 
+    /// Shows the guest a file at `at`, as memory slot `slot`, which holds nothing yet. The mapping must live as long
+    /// as the VM runs: both are kept by the caller.
+    pub fn add_mapping(
+        &self,
+        slot: u32,
+        at: GuestAddress,
+        mapping: &FileMapping,
+    ) -> Result<(), VmError> {
+        let (host, bytes) = (mapping.as_ptr(), mapping.bytes());
+        // SAFETY: a mapping of this process, which only the guest touches.
+        unsafe { self.add_memory_slot(slot, at, host, bytes, mapping.read_only()) }
+    }
+
+    /// Shows the guest a window, as memory slot `slot`, which holds nothing yet. It must live as long as the VM
+    /// runs: both are kept by the caller.
+    pub fn add_window(&self, slot: u32, window: &Window) -> Result<(), VmError> {
+        let region = window.region();
+        // SAFETY: addresses of this process that nobody but the guest touches.
+        unsafe { self.add_memory_slot(slot, region.address, window.as_ptr(), region.bytes, false) }
+    }
+
     /// Shows the guest `bytes` of this process's memory from `host` on at `at`, as memory slot `slot`, which
     /// holds nothing yet. `read_only` makes writes of the guest exits to here.
     ///
@@ -145,11 +166,22 @@ impl Vm {
             .map_err(failed("KVM_IRQFD"))
     }
 
+    /// Writing `event` no longer raises `interrupt`; that it never did is well too.
+    pub fn detach_interrupt(&self, event: &EventFd, interrupt: u32) {
+        let _ = self.fd.unregister_irqfd(event, interrupt);
+    }
+
     /// When the guest writes `value` (32 bits) to `address`, `event` becomes readable, without an exit to here.
     pub fn attach_kick(&self, event: &EventFd, address: u64, value: u32) -> Result<(), VmError> {
         self.fd
             .register_ioevent(event, &IoEventAddress::Mmio(address), value)
             .map_err(failed("KVM_IOEVENTFD"))
+    }
+
+    /// The end of [`Vm::attach_kick`]; that there was none is well too.
+    pub fn detach_kick(&self, event: &EventFd, address: u64, value: u32) {
+        let address = IoEventAddress::Mmio(address);
+        let _ = self.fd.unregister_ioevent(event, &address, value);
     }
 
     /// What vCPUs of this host can do.

@@ -52,13 +52,48 @@ pub(crate) const EXCEPTIONS: &[Exception] = &[
     ),
     (
         "unsafe",
+        "tests/src/network.rs",
+        "asks the kernel for a tap, which no safe wrapper does",
+    ),
+    (
+        "unsafe",
         "vmm/src/control.rs",
         "adopts file descriptor 3, as the contract with the shim says",
     ),
     (
         "unsafe",
+        "vmm/src/devices/virtio/fs/identity.rs",
+        "gives a thread a working directory of its own, and lends descriptors",
+    ),
+    (
+        "unsafe",
+        "vmm/src/devices/virtio/block/disk.rs",
+        "tells a block device of the host to discard, which no safe wrapper does",
+    ),
+    (
+        "unsafe",
+        "vmm/src/devices/virtio/block/ring.rs",
+        "hands guest memory to io_uring, and keeps it until the kernel is done with it",
+    ),
+    (
+        "unsafe",
         "vmm/src/devices/virtio/mock_driver.rs",
         "test code: borrows the descriptor of an EventFd",
+    ),
+    (
+        "unsafe",
+        "vmm/src/file_mapping.rs",
+        "maps files of the host, which only the guest touches",
+    ),
+    (
+        "unsafe",
+        "vmm/src/devices/virtio/net/tap.rs",
+        "reads and writes packets in guest memory, and sets taps up",
+    ),
+    (
+        "unsafe",
+        "vmm/src/devices/virtio/net/vhost.rs",
+        "hands queues and guest memory to the host's kernel",
     ),
     (
         "unsafe",
@@ -84,6 +119,11 @@ pub(crate) const EXCEPTIONS: &[Exception] = &[
         "unsafe",
         "xtask/src/check/guest.rs",
         "gives memory to the KVM that it probes",
+    ),
+    (
+        "unsafe",
+        "vmm/src/window.rs",
+        "maps files where the guest sees them",
     ),
     (
         "global-state",

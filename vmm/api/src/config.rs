@@ -19,6 +19,8 @@ pub const MAX_MEMORY_MIB: u32 = 1024 * 1024;
 pub const MEMORY_STEP_MIB: u32 = 128;
 /// Disks, networks and persistent memories of one VM at the most, by the interrupts that one IOAPIC has.
 pub const MAX_DEVICES: usize = 12;
+/// Names the virtio console to the guest's kernel.
+const VIRTIO_CONSOLE_WORD: &str = "console=hvc0";
 /// Longest kernel command line in bytes: `COMMAND_LINE_SIZE` of x86 without its terminating zero.
 const MAX_CMDLINE_BYTES: usize = 2047;
 
@@ -147,6 +149,12 @@ impl VmConfig {
             networks: Vec::new(),
             pmems: Vec::new(),
         }
+    }
+
+    /// Whether the guest is told to use the virtio console, by its name on the command line.
+    pub fn has_virtio_console(&self) -> bool {
+        let mut words = self.cmdline.split(' ');
+        words.any(|word| word == VIRTIO_CONSOLE_WORD)
     }
 
     /// Checks every field, given that `received` file descriptors came with the message.

@@ -24,7 +24,8 @@ pub use device::{
 };
 pub use exit::{CONSOLE_TAIL_BYTES, VmmExit};
 pub use message::{
-    CONTROL_FD, FailureKind, MAX_MESSAGE_BYTES, Message, MessageError, Request, Statistics,
+    CONTROL_FD, Exits, FailureKind, GuestMemory, MAX_MESSAGE_BYTES, MemoryStatistics, Message,
+    MessageError, Request, Statistics,
 };
 pub use vsock::{
     HandshakeError, MAX_HANDSHAKE_BYTES, READY_PORT, connect_line, ok_line, parse_connect, parse_ok,

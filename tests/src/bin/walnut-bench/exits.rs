@@ -79,12 +79,8 @@ pub(crate) fn until_agent_answers(programs: &Programs) -> Result<(f64, f64)> {
     let deadline = Deadline::after(deadline::REQUEST);
     while let Some(message) = guest.vm.receive(deadline)? {
         if let Message::Statistics(statistics) = message {
-            let exits = [
-                statistics.io_exits,
-                statistics.mmio_exits,
-                statistics.other_exits,
-            ];
-            let sum: u64 = exits.iter().sum();
+            let exits = statistics.exits();
+            let sum = exits.io + exits.mmio + exits.other;
             let served = f64::from(u32::try_from(sum).context("too many exits")?);
             return Ok((all, served));
         }

@@ -4,7 +4,10 @@
 //! registers of their own (sections 4.8.3.6 and 4.8.3.7). virtio-mmio devices are `LNRO0005`. Must not
 //! know which devices there are: it is told.
 
-use crate::{arch::x86_64::layout, bus::Allocation};
+use crate::{
+    arch::x86_64::{hotplug, layout},
+    bus::Allocation,
+};
 use acpi_tables::{
     Aml, AmlSink,
     aml::{
@@ -50,28 +53,46 @@ pub enum AcpiError {
     Write(#[source] GuestMemoryError),
 }
 
-/// Writes the tables for `vcpus` processors and these virtio devices at [`layout::ACPI`].
-pub fn write(memory: &GuestMemoryMmap, vcpus: u8, virtio: &[Allocation]) -> Result<(), AcpiError> {
-    let image = build(vcpus, virtio)?;
+/// What the tables describe.
+#[derive(Debug, Clone, Copy)]
+pub struct Contents<'a> {
+    /// Processors that are there.
+    pub vcpus: u8,
+    /// Processors that there may be.
+    pub max_vcpus: u8,
+    /// virtio devices that are there.
+    pub virtio: &'a [Allocation],
+    /// Where virtio devices may be later.
+    pub places: &'a [Allocation],
+}
+
+/// Writes the tables at [`layout::ACPI`], and the VM's generation id to where they say it is.
+pub fn write(
+    memory: &GuestMemoryMmap,
+    contents: &Contents<'_>,
+    generation_id: [u8; 16],
+) -> Result<(), AcpiError> {
+    let image = build(contents)?;
     let room = layout::ACPI_END.0 - layout::ACPI.0;
     if u64::try_from(image.len()).map_or(true, |bytes| bytes > room) {
         return Err(AcpiError::TooLarge(image.len()));
     }
     memory
         .write_slice(&image, layout::ACPI)
+        .and_then(|()| memory.write_slice(&generation_id, layout::GENERATION_ID))
         .map_err(AcpiError::Write)
 }
 
 /// RSDP and tables, as they lie in memory from [`layout::ACPI`] on.
-fn build(vcpus: u8, virtio: &[Allocation]) -> Result<Vec<u8>, AcpiError> {
+fn build(contents: &Contents<'_>) -> Result<Vec<u8>, AcpiError> {
     let mut tables = Tables {
         bytes: Vec::new(),
         base: layout::ACPI.0 + RSDP_BYTES,
     };
-    let dsdt = tables.add(&dsdt(virtio)?);
+    let dsdt = tables.add(&dsdt(contents)?);
     let mut xsdt = XSDT::new(OEM, TABLE, REVISION);
     xsdt.add_entry(tables.add(&fadt(dsdt)));
-    xsdt.add_entry(tables.add(&madt(vcpus)));
+    xsdt.add_entry(tables.add(&madt(contents)));
     let xsdt = tables.add(&xsdt);
 
     let mut image = bytes_of(&Rsdp::new(OEM, xsdt));
@@ -96,7 +117,16 @@ impl Tables {
     }
 }
 
-fn bytes_of(aml: &dyn Aml) -> Vec<u8> {
+/// AML that is there already.
+pub(super) struct Raw(pub(super) Vec<u8>);
+
+impl Aml for Raw {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        sink.vec(&self.0);
+    }
+}
+
+pub(super) fn bytes_of(aml: &dyn Aml) -> Vec<u8> {
     struct Sink(Vec<u8>);
     impl AmlSink for Sink {
         fn byte(&mut self, byte: u8) {
@@ -117,7 +147,7 @@ fn fadt(dsdt: u64) -> impl Aml {
         .dsdt_64(dsdt)
         .flag(Flags::HwReducedAcpi)
         .flag(Flags::ResetRegSup)
-        // The guest need not look for buttons that aren't there.
+        // Buttons, if any, are devices, not fixed registers.
         .flag(Flags::PwrButton)
         .flag(Flags::SlpButton)
         .flag(Flags::Headless);
@@ -128,25 +158,32 @@ fn fadt(dsdt: u64) -> impl Aml {
     fadt.finalize()
 }
 
-fn madt(vcpus: u8) -> MADT {
+fn madt(contents: &Contents<'_>) -> MADT {
     let controller = LocalInterruptController::Address(layout::LAPIC);
     let mut madt = MADT::new(OEM, TABLE, REVISION, controller);
-    for id in 0..vcpus {
-        madt.add_structure(ProcessorLocalApic::new(id, id, EnabledStatus::Enabled));
+    for id in 0..contents.max_vcpus {
+        let status = if id < contents.vcpus {
+            EnabledStatus::Enabled
+        } else {
+            EnabledStatus::DisabledOnlineCapable
+        };
+        madt.add_structure(ProcessorLocalApic::new(id, id, status));
     }
     madt.add_structure(IoApic::new(0, layout::IOAPIC, 0));
     madt
 }
 
-fn dsdt(virtio: &[Allocation]) -> Result<Sdt, AcpiError> {
+fn dsdt(contents: &Contents<'_>) -> Result<Sdt, AcpiError> {
     let mut aml = bytes_of(&Name::new(
         Path::new("_S5_"),
         &Package::new(vec![&SLEEP_TYPE_S5, &ZERO, &ZERO, &ZERO]),
     ));
     aml.extend(serial());
-    for (number, device) in (0_u8..).zip(virtio) {
+    for (number, device) in (0_u8..).zip(contents.virtio) {
         aml.extend(virtio_mmio(number, device)?);
     }
+    let later = contents.vcpus..contents.max_vcpus;
+    aml.extend(hotplug::scope(later, contents.places)?);
     let mut dsdt = Sdt::new(*b"DSDT", 36, 2, OEM, TABLE, REVISION);
     dsdt.append_slice(&aml);
     Ok(dsdt)
@@ -170,12 +207,19 @@ fn serial() -> Vec<u8> {
     ))
 }
 
-fn virtio_mmio(number: u8, device: &Allocation) -> Result<Vec<u8>, AcpiError> {
+/// Registers and interrupt of a virtio-mmio device, a `_CRS`.
+pub(super) fn virtio_resources(device: &Allocation) -> Result<Vec<u8>, AcpiError> {
     let above = |_| AcpiError::Address(device.base);
     let base = u32::try_from(device.base).map_err(above)?;
     let bytes = u32::try_from(device.bytes).map_err(above)?;
     let registers = Memory32Fixed::new(true, base, bytes);
     let interrupt = Interrupt::new(true, true, false, false, device.interrupt);
+    let resources = ResourceTemplate::new(vec![&registers, &interrupt]);
+    Ok(bytes_of(&resources))
+}
+
+fn virtio_mmio(number: u8, device: &Allocation) -> Result<Vec<u8>, AcpiError> {
+    let resources = Raw(virtio_resources(device)?);
     let name = format!("V{number:03}");
     Ok(bytes_of(&Scope::new(
         Path::new("_SB_"),
@@ -184,10 +228,7 @@ fn virtio_mmio(number: u8, device: &Allocation) -> Result<Vec<u8>, AcpiError> {
             vec![
                 &Name::new(Path::new("_HID"), &"LNRO0005"),
                 &Name::new(Path::new("_UID"), &number),
-                &Name::new(
-                    Path::new("_CRS"),
-                    &ResourceTemplate::new(vec![&registers, &interrupt]),
-                ),
+                &Name::new(Path::new("_CRS"), &resources),
             ],
         )],
     )))
@@ -230,7 +271,15 @@ mod tests {
     #[test]
     fn every_table_is_reached_from_the_root_and_sums_to_zero() {
         let memory = memory::allocate(&layout::ram(2 << 20)).unwrap();
-        write(&memory, 254, &devices(15)).unwrap();
+        let contents = Contents {
+            vcpus: 1,
+            max_vcpus: 254,
+            virtio: &devices(9),
+            places: &devices(8),
+        };
+        write(&memory, &contents, [7; 16]).unwrap();
+        let id = read(&memory, layout::GENERATION_ID.0, 16);
+        assert_eq!(id, [7; 16]);
         let root = read(&memory, layout::ACPI.0, 36);
         assert_eq!(&root[..8], b"RSD PTR ");
         for part in [&root[..20], &root[..]] {
@@ -246,9 +295,13 @@ mod tests {
         let madt = table(&memory, address(&xsdt, 44));
         assert_eq!(&madt[..4], b"APIC");
         assert_eq!(madt.len(), 44 + 254 * 8 + 12);
+        // Flags: the first is enabled, the others may come online.
+        assert_eq!((madt[48], madt[56], madt[44 + 253 * 8 + 4]), (1, 2, 2));
         let dsdt = table(&memory, address(&fadt, 140));
         assert_eq!(&dsdt[..4], b"DSDT");
-        for name in ["COM1", "V000", "V014", "_S5_"] {
+        for name in [
+            "COM1", "V000", "V008", "_S5_", "PWRB", "C001", "C253", "H000", "H007",
+        ] {
             let found = dsdt.windows(4).any(|window| window == name.as_bytes());
             assert!(found, "{name}");
         }
@@ -258,6 +311,14 @@ mod tests {
     fn a_device_above_4_gib_is_refused() {
         let mut far = devices(1);
         far[0].base = 1 << 32;
-        assert!(matches!(build(1, &far), Err(AcpiError::Address(_))));
+        for (virtio, places) in [(&far[..], &[][..]), (&[], &far)] {
+            let contents = Contents {
+                vcpus: 1,
+                max_vcpus: 1,
+                virtio,
+                places,
+            };
+            assert!(matches!(build(&contents), Err(AcpiError::Address(_))));
+        }
     }
 }

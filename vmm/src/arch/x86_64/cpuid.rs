@@ -7,6 +7,7 @@ use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 
 const LEAF_FEATURES: u32 = 1;
 const LEAF_CACHES: u32 = 4;
+const LEAF_MORE_FEATURES: u32 = 7;
 const LEAF_TOPOLOGY: u32 = 0xb;
 const LEAF_TOPOLOGY_V2: u32 = 0x1f;
 const LEAF_AMD_FEATURES: u32 = 0x8000_0001;
@@ -14,15 +15,37 @@ const LEAF_AMD_SIZES: u32 = 0x8000_0008;
 const LEAF_AMD_CACHES: u32 = 0x8000_001d;
 const LEAF_AMD_TOPOLOGY: u32 = 0x8000_001e;
 
+/// Leaves of which nothing is passed on: 5, MONITOR and MWAIT, which would keep a processor from other VMs; 0xa and
+/// 0x23 and 0x8000_0022, performance counters; 0x12, SGX; 0x14, processor trace; 0x8000_000a, SVM; 0x8000_001b,
+/// instruction-based sampling; 0x8000_001f, memory encryption, of which this VMM knows nothing.
+const WITHHELD_LEAVES: [u32; 9] = [
+    5,
+    0xa,
+    0x12,
+    0x14,
+    0x23,
+    0x8000_000a,
+    0x8000_001b,
+    0x8000_001f,
+    0x8000_0022,
+];
+
+/// Leaf 1, ECX. MONITOR, VMX, and PDCM, the performance counters' capabilities.
+const WITHHELD_1_ECX: u32 = 1 << 3 | 1 << 5 | 1 << 15;
+/// Leaf 7, EBX. SGX; HLE and RTM, transactions that leak what aborts them; processor trace.
+const WITHHELD_7_EBX: u32 = 1 << 2 | 1 << 4 | 1 << 11 | 1 << 25;
+/// Leaf 7, ECX. Launch control of SGX.
+const WITHHELD_7_ECX: u32 = 1 << 30;
+/// Leaf 0x8000_0001, ECX. SVM and SKINIT; instruction-based sampling; the performance counters of core, data fabric
+/// and last-level cache.
+const WITHHELD_AMD_ECX: u32 = 1 << 2 | 1 << 10 | 1 << 12 | 1 << 23 | 1 << 24 | 1 << 28;
 /// Leaf 1, ECX.
-const VMX: u32 = 1 << 5;
 const TSC_DEADLINE: u32 = 1 << 24;
 const HYPERVISOR: u32 = 1 << 31;
 /// Leaf 1, EDX: more than one logical processor in the package.
 const HTT: u32 = 1 << 28;
 /// Leaf 0x8000_0001, ECX.
 const AMD_CMP_LEGACY: u32 = 1 << 1;
-const AMD_SVM: u32 = 1 << 2;
 /// Kinds of levels in leaf 0xb, ECX bits 8 to 15.
 const LEVEL_THREAD: u32 = 1 << 8;
 const LEVEL_CORE: u32 = 2 << 8;
@@ -32,7 +55,7 @@ const LEVEL_CORE: u32 = 2 << 8;
 pub struct Place {
     /// Number of the vCPU, and its APIC id.
     pub id: u8,
-    /// How many there are.
+    /// How many there are, or may be later.
     pub count: u8,
 }
 
@@ -51,7 +74,8 @@ impl Place {
 /// What the vCPU at `place` should answer, from what KVM supports.
 ///
 /// Nested virtualisation is withheld: it is the largest part of KVM that a guest could attack, and no
-/// container may use it.
+/// container may use it. So is what KVM doesn't do for this VM, and what tells of other VMs on the processor. What KVM
+/// itself offers (leaf 0x4000_0000 and on) is passed on whole.
 pub fn adapt(supported: &CpuId, place: Place) -> Result<CpuId, vmm_sys_util::fam::Error> {
     let mut entries: Vec<kvm_cpuid_entry2> = supported
         .as_slice()
@@ -60,7 +84,7 @@ pub fn adapt(supported: &CpuId, place: Place) -> Result<CpuId, vmm_sys_util::fam
             !matches!(
                 entry.function,
                 LEAF_TOPOLOGY | LEAF_TOPOLOGY_V2 | LEAF_AMD_TOPOLOGY
-            )
+            ) && !WITHHELD_LEAVES.contains(&entry.function)
         })
         .copied()
         .collect();
@@ -84,8 +108,12 @@ fn adapt_entry(entry: &mut kvm_cpuid_entry2, place: Place) {
     match entry.function {
         LEAF_FEATURES => {
             entry.ebx = (entry.ebx & 0xffff) | count << 16 | id << 24;
-            entry.ecx = (entry.ecx & !VMX) | TSC_DEADLINE | HYPERVISOR;
+            entry.ecx = (entry.ecx & !WITHHELD_1_ECX) | TSC_DEADLINE | HYPERVISOR;
             entry.edx = with(entry.edx, HTT, count > 1);
+        }
+        LEAF_MORE_FEATURES if entry.index == 0 => {
+            entry.ebx &= !WITHHELD_7_EBX;
+            entry.ecx &= !WITHHELD_7_ECX;
         }
         // A cache of level 3 is shared by all cores, those below are not shared.
         LEAF_CACHES if entry.eax & 0x1f != 0 => {
@@ -105,7 +133,7 @@ fn adapt_entry(entry: &mut kvm_cpuid_entry2, place: Place) {
             entry.eax = (entry.eax & 0x3fff) | sharing << 14;
         }
         LEAF_AMD_FEATURES => {
-            entry.ecx = with(entry.ecx & !AMD_SVM, AMD_CMP_LEGACY, count > 1);
+            entry.ecx = with(entry.ecx & !WITHHELD_AMD_ECX, AMD_CMP_LEGACY, count > 1);
         }
         LEAF_AMD_SIZES => entry.ecx = (count - 1) | place.core_bits() << 12,
         _ => {}
@@ -167,12 +195,17 @@ mod tests {
         let all = [
             1,
             4,
+            5,
+            7,
+            0xa,
             0xb,
             0x1f,
             0x8000_0001,
             0x8000_0008,
             0x8000_001d,
             0x8000_001e,
+            0x8000_001f,
+            0x4000_0001,
         ];
         let supported = CpuId::from_entries(&all.map(entry)).unwrap();
         adapt(&supported, place).unwrap().as_slice().to_vec()
@@ -188,10 +221,16 @@ mod tests {
     }
 
     #[test]
-    fn nested_virtualisation_is_withheld() {
+    fn what_a_guest_must_not_use_is_withheld() {
         let entries = adapted(Place { id: 0, count: 1 });
-        assert_eq!(find(&entries, 1, 0).ecx & VMX, 0);
-        assert_eq!(find(&entries, 0x8000_0001, 0).ecx & AMD_SVM, 0);
+        assert_eq!(find(&entries, 1, 0).ecx & WITHHELD_1_ECX, 0);
+        assert_eq!(find(&entries, 7, 0).ebx, !WITHHELD_7_EBX);
+        assert_eq!(find(&entries, 0x8000_0001, 0).ecx & WITHHELD_AMD_ECX, 0);
+        for leaf in WITHHELD_LEAVES {
+            assert!(entries.iter().all(|entry| entry.function != leaf));
+        }
+        let of_kvm = find(&entries, 0x4000_0001, 0);
+        assert_eq!(of_kvm, entry(0x4000_0001), "paravirtual features are whole");
     }
 
     proptest! {

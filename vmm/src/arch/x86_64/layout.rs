@@ -30,7 +30,9 @@ pub const LOW_RAM_END: GuestAddress = GuestAddress(0x9_fc00);
 /// ACPI's root pointer, followed by the tables.
 pub const ACPI: GuestAddress = GuestAddress(0xe_0000);
 /// End of what the ACPI tables may use.
-pub const ACPI_END: GuestAddress = GuestAddress(0x10_0000);
+pub const ACPI_END: GuestAddress = GENERATION_ID;
+/// A page that holds the VM's generation id.
+pub const GENERATION_ID: GuestAddress = GuestAddress(0xf_f000);
 /// Start of the RAM that the kernel and the initramfs may use.
 pub const HIGH_RAM: GuestAddress = GuestAddress(0x10_0000);
 
@@ -64,8 +66,12 @@ pub const I8042_PORT: u16 = 0x64;
 pub const POWER_PORT: u16 = 0x600;
 /// Ports from [`POWER_PORT`] on.
 pub const POWER_PORTS: u16 = 3;
-/// First interrupt that devices on the bus may have: those below belong to the PC's fixed devices.
-pub const FIRST_INTERRUPT: u32 = 5;
+/// Registers of the event device, one byte each.
+pub const EVENT_PORT: u16 = 0x610;
+/// Interrupt of the event device.
+pub const EVENT_INTERRUPT: u32 = 5;
+/// First interrupt that devices on the bus may have: those below belong to fixed devices.
+pub const FIRST_INTERRUPT: u32 = 6;
 /// Last pin of KVM's IOAPIC.
 pub const LAST_INTERRUPT: u32 = 23;
 

@@ -2,6 +2,7 @@
 
 pub mod acpi;
 pub mod cpuid;
+pub mod hotplug;
 pub mod image;
 pub mod kernel;
 pub mod layout;

@@ -4,7 +4,7 @@
 //! (section 3.1.1). Kicks arrive by ioeventfd and interrupts leave by irqfd, so that the registers are only
 //! reached at set-up and to acknowledge interrupts. Must not know what the device does.
 
-use super::{Activation, ActiveQueue, Interrupt, VirtioDevice};
+use super::{Activation, ActiveQueue, DEVICE_NEEDS_RESET, Interrupt, VirtioDevice};
 use crate::bus::{BusDevice, Effect};
 use std::{
     io,
@@ -33,7 +33,8 @@ const VENDOR: u32 = u32::from_le_bytes(*b"WLNT");
 const CONFIGURATION: u64 = 0x100;
 /// What a shared memory region that isn't there has as its length and base, low and high (section 4.2.2).
 const NO_REGION: u32 = u32::MAX;
-/// Features of the transport and the ring.
+/// Features of the transport and the ring. Queues are not reset one by one (VIRTIO_F_RING_RESET): see
+/// docs/decisions/0007-queue-reset.md.
 const OWN_FEATURES: u64 =
     1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
 
@@ -83,6 +84,14 @@ impl Phase {
         }
     }
 }
+
+/// What a driver that is in a phase sets next.
+const STEPS: [(Phase, u32); 4] = [
+    (Phase::Reset, VIRTIO_CONFIG_S_ACKNOWLEDGE),
+    (Phase::Acknowledged, VIRTIO_CONFIG_S_DRIVER),
+    (Phase::DriverFound, VIRTIO_CONFIG_S_FEATURES_OK),
+    (Phase::FeaturesAgreed, VIRTIO_CONFIG_S_DRIVER_OK),
+];
 
 /// One queue of the device.
 struct Slot {
@@ -169,7 +178,7 @@ impl Transport {
                 Some(SlotState::Active) => 1,
                 None => 0,
             },
-            0x60 => self.interrupt.interrupt_status.load(Ordering::SeqCst),
+            0x60 => self.interrupt.status(),
             0x70 => self.status(),
             0xb0..=0xbc => self.read_region(offset),
             0xfc => self.interrupt.config_generation.load(Ordering::SeqCst),
@@ -261,29 +270,27 @@ impl Transport {
         }
     }
 
+    /// The driver's steps (section 3.1.1), several of which may come in one write, but none without those before it.
+    /// There is no way back but a reset, and after a failure no way forward either.
     fn write_status(&mut self, value: u32) {
         if value == 0 {
             return self.reset();
         }
         if value & VIRTIO_CONFIG_S_FAILED != 0 {
-            self.add_status(VIRTIO_CONFIG_S_FAILED);
+            return self.add_status(VIRTIO_CONFIG_S_FAILED);
+        }
+        let status = self.status();
+        if status & (VIRTIO_CONFIG_S_FAILED | DEVICE_NEEDS_RESET) != 0 || status & !value != 0 {
             return;
         }
-        if Phase::of(self.status()) == Phase::Failed {
-            return;
-        }
-        self.add_status(value & (VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER));
-        let phase = Phase::of(self.status());
-        if value & VIRTIO_CONFIG_S_FEATURES_OK != 0
-            && phase == Phase::DriverFound
-            && self.features_are_acceptable()
-        {
-            self.add_status(VIRTIO_CONFIG_S_FEATURES_OK);
-        }
-        let phase = Phase::of(self.status());
-        if value & VIRTIO_CONFIG_S_DRIVER_OK != 0 && phase == Phase::FeaturesAgreed {
-            self.add_status(VIRTIO_CONFIG_S_DRIVER_OK);
-            self.activate();
+        for (from, step) in STEPS {
+            let taken = value & step != 0 && Phase::of(self.status()) == from;
+            if taken && (from != Phase::DriverFound || self.features_are_acceptable()) {
+                self.add_status(step);
+                if Phase::of(self.status()) == Phase::Running {
+                    self.activate();
+                }
+            }
         }
     }
 
@@ -310,6 +317,8 @@ impl Transport {
             })
             .is_some_and(|activation| self.device.activate(activation).is_ok());
         if !result {
+            // Of several threads some may run.
+            self.device.reset();
             self.interrupt.signal_needs_reset();
         }
     }
@@ -341,7 +350,10 @@ impl Transport {
         Some(queues)
     }
 
-    fn reset(&mut self) {
+    /// Back to the state of the start, as the driver can ask for too. The vCPU waits for the device to forget its
+    /// queues, see [`VirtioDevice::reset`]: a driver of virtio-mmio does not look whether the status reads zero before
+    /// it takes its memory back.
+    pub fn reset(&mut self) {
         self.device.reset();
         for slot in &mut self.slots {
             // Kicks of the time before the reset mean nothing after it. An error says that there were none.
@@ -356,6 +368,7 @@ impl Transport {
         self.driver_features_word = 0;
         self.driver_features = 0;
         self.interrupt.interrupt_status.store(0, Ordering::SeqCst);
+        self.interrupt.standing_status.store(0, Ordering::SeqCst);
         self.interrupt.device_status.store(0, Ordering::SeqCst);
     }
 }
@@ -394,7 +407,7 @@ impl BusDevice for Transport {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{ActivateError, DEVICE_NEEDS_RESET, DeviceType, SharedRegion};
+    use super::super::{ActivateError, DeviceType, SharedRegion};
     use super::*;
     use crate::memory;
     use proptest::prelude::*;
@@ -617,7 +630,129 @@ mod tests {
         assert_eq!(driver.irqfd.read().unwrap(), 1);
     }
 
+    #[test]
+    fn steps_come_in_order_and_never_back() {
+        let mut driver = Driver::new();
+        for (written, seen) in [
+            (2, 0),
+            (8, 0),
+            (4, 0),
+            (1, 1),
+            (2, 1),
+            (9, 1),
+            (3, 3),
+            (1, 3),
+        ] {
+            driver.write(0x70, written);
+            assert_eq!(driver.read(0x70), seen, "after {written}");
+        }
+        driver.write(0x24, 1);
+        driver.write(0x20, 1);
+        driver.write(0x70, 3 | 8 | 4);
+        assert_eq!(driver.read(0x70) & 0xf, 15, "several steps at once");
+        // Queue 0 was not set up.
+        assert_eq!(driver.read(0x70), 15 | DEVICE_NEEDS_RESET);
+        assert_eq!(driver.seen.lock().unwrap().resets, 1);
+        driver.write(0x70, 0x80);
+        assert_eq!(driver.read(0x70), 0x80 | 15 | DEVICE_NEEDS_RESET);
+        driver.write(0x70, 0);
+        driver.write(0x70, 0x80);
+        driver.write(0x70, 0x81);
+        driver.write(0x70, 1);
+        assert_eq!(driver.read(0x70), 0x80, "a driver that failed stays so");
+    }
+
+    #[test]
+    fn a_running_queue_cannot_be_moved() {
+        let mut driver = Driver::new();
+        driver.agree_on(VERSION_1);
+        driver.set_up_queue(0);
+        driver.write(0x70, 15);
+        for offset in (0x20..0x100).step_by(4).filter(|&offset| offset != 0x70) {
+            driver.write(offset, 0x8000);
+        }
+        driver.write(0x30, 0);
+        driver.write(0x44, 0);
+        assert_eq!((driver.read(0x44), driver.read(0x70)), (1, 15));
+        let seen = driver.seen.lock().unwrap().activation.take().unwrap();
+        let queue = &seen.queues[0].as_ref().unwrap().queue;
+        let addresses = [queue.desc_table(), queue.avail_ring(), queue.used_ring()];
+        assert_eq!((queue.size(), addresses), (8, [0x1000, 0x2000, 0x3000]));
+        assert_eq!(seen.features, VERSION_1);
+    }
+
+    /// What a driver may write, most of it where it matters.
+    fn write() -> impl Strategy<Value = (u64, u32)> {
+        let registers = [
+            0x14, 0x20, 0x24, 0x30, 0x38, 0x44, 0x44, 0x50, 0x64, 0x80, 0x84, 0x90, 0x94, 0xa0,
+            0xa4, 0xac, 0xc0,
+        ];
+        let register = prop_oneof![
+            proptest::sample::select(registers.to_vec()),
+            (0_u64..0x48).prop_map(|word| word * 4)
+        ];
+        let value = prop_oneof![
+            0_u32..4,
+            Just(1 << 5),
+            Just(0x1000),
+            Just(0x2000),
+            any::<u32>()
+        ];
+        let status = prop_oneof![
+            Just(0_u32),
+            Just(1),
+            Just(3),
+            Just(11),
+            Just(11),
+            Just(15),
+            Just(15),
+            any::<u32>()
+        ];
+        prop_oneof![(register, value), (Just(0x70), status)]
+    }
+
     proptest! {
+        #[test]
+        fn any_writes_leave_it_consistent_and_a_reset_leaves_nothing(
+            writes in proptest::collection::vec(write(), 0..120),
+        ) {
+            let mut driver = Driver::new();
+            let offered = driver.transport.offered_features();
+            let mut agreed = None;
+            for (offset, value) in writes {
+                driver.write(offset, value);
+                let status = driver.read(0x70);
+                prop_assert!([0, 1, 3, 11, 15].contains(&(status & 0xf)) && status < 0x100);
+                let features = driver.transport.driver_features;
+                if status & VIRTIO_CONFIG_S_FEATURES_OK == 0 {
+                    agreed = None;
+                } else {
+                    prop_assert!(features & !offered == 0 && features & VERSION_1 != 0);
+                    prop_assert_eq!(*agreed.get_or_insert(features), features);
+                }
+                let runs = status & VIRTIO_CONFIG_S_DRIVER_OK != 0 && status & DEVICE_NEEDS_RESET == 0;
+                let seen = driver.seen.lock().unwrap();
+                prop_assert_eq!(seen.activation.is_some(), runs);
+                for active in seen.activation.iter().flat_map(|seen| seen.queues.iter().flatten()) {
+                    prop_assert!(active.queue.is_valid(&driver.transport.memory));
+                }
+            }
+            driver.write(0x70, 0);
+            let (mut fresh, generation) = (Driver::new(), 0xfc);
+            for queue in [0, 1, 2] {
+                for driver in [&mut driver, &mut fresh] {
+                    driver.write(0x30, queue);
+                }
+                for offset in (0..0x100).step_by(4).filter(|&offset| offset != generation) {
+                    prop_assert_eq!(driver.read(offset), fresh.read(offset), "register {:#x}", offset);
+                }
+            }
+            driver.agree_on(VERSION_1);
+            driver.set_up_queue(0);
+            driver.write(0x70, 15);
+            prop_assert_eq!(driver.read(0x70), 15);
+        }
+
         #[test]
         fn any_accesses_are_survived(
             accesses in proptest::collection::vec((any::<bool>(), 0_u64..0x140, any::<u32>(), 1_usize..9), 0..200),

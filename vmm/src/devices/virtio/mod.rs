@@ -6,12 +6,15 @@
 
 pub mod balloon;
 pub mod block;
+pub mod console;
 pub mod fs;
+pub mod mem;
 pub mod mmio;
 #[cfg(test)]
 mod mock_driver;
+pub mod net;
+pub mod pmem;
 mod queue;
-#[cfg(test)]
 mod rate_limit;
 pub mod rng;
 pub mod vsock;
@@ -61,6 +64,8 @@ const DEVICE_NEEDS_RESET: u32 = 64;
 #[derive(Debug, Clone)]
 pub struct Interrupt {
     interrupt_status: Arc<AtomicU32>,
+    /// Bits of InterruptStatus that acknowledging doesn't clear.
+    standing_status: Arc<AtomicU32>,
     device_status: Arc<AtomicU32>,
     config_generation: Arc<AtomicU32>,
     irqfd: Arc<EventFd>,
@@ -71,6 +76,7 @@ impl Interrupt {
     pub fn new(irqfd: Arc<EventFd>) -> Self {
         Self {
             interrupt_status: Arc::default(),
+            standing_status: Arc::default(),
             device_status: Arc::default(),
             config_generation: Arc::default(),
             irqfd,
@@ -95,6 +101,18 @@ impl Interrupt {
         self.device_status
             .fetch_or(DEVICE_NEEDS_RESET, Ordering::SeqCst);
         self.raise(CONFIGURATION_CHANGE);
+    }
+
+    /// The irqfd, for the host's kernel to write where it uses buffers in the device's place. As it doesn't set
+    /// InterruptStatus, that says until the next reset that buffers were used: a driver may look in vain.
+    pub fn hand_over(&self) -> &EventFd {
+        self.standing_status.store(USED_BUFFER, Ordering::SeqCst);
+        &self.irqfd
+    }
+
+    fn status(&self) -> u32 {
+        let standing = self.standing_status.load(Ordering::SeqCst);
+        standing | self.interrupt_status.load(Ordering::SeqCst)
     }
 
     fn raise(&self, cause: u32) {
@@ -187,6 +205,7 @@ pub trait VirtioDevice: Send {
     /// Starts the device's thread.
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
 
-    /// Stops the device's thread, waits for its end and forgets the queues.
+    /// Stops the device's threads, waits for their end and forgets the queues: none of the driver's memory is
+    /// touched afterwards. A vCPU waits in it, so what a device has begun and cannot take back must be bounded.
     fn reset(&mut self);
 }

@@ -17,7 +17,7 @@ const ROUND_BUFFERS: usize = 64;
 
 /// How a round ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Round {
+pub(super) enum Round {
     /// The queue is empty, and the driver kicks when it is not.
     Drained,
     /// There may be more.
@@ -75,7 +75,7 @@ fn run(
 }
 
 /// Executes what the driver offered, and lets it know of each buffer as soon as it is used.
-fn serve_round(
+pub(super) fn serve_round(
     queue: &mut Queue,
     memory: &GuestMemoryMmap,
     interrupt: &Interrupt,
@@ -100,7 +100,8 @@ fn serve_round(
     Ok(Round::Full)
 }
 
-fn pop<'a>(
+/// The next buffer that the driver offered, if there is one.
+pub(super) fn pop<'a>(
     queue: &mut Queue,
     memory: &'a GuestMemoryMmap,
 ) -> Result<Option<DescriptorChain<&'a GuestMemoryMmap>>, QueueError> {

@@ -7,6 +7,7 @@
 use std::{
     io,
     os::fd::{AsRawFd, RawFd},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 use vmm_sys_util::timerfd::TimerFd;
@@ -63,11 +64,17 @@ impl Bucket {
     }
 }
 
-/// The limits of one queue or device, and the timer that tells when to try again.
+/// The limits of one device or queue.
 #[derive(Debug)]
-pub(super) struct RateLimiter {
+struct Buckets {
     bytes: Option<Bucket>,
     operations: Option<Bucket>,
+}
+
+/// Limits, and the timer that tells one thread when to try again.
+#[derive(Debug)]
+pub(super) struct RateLimiter {
+    buckets: Arc<Mutex<Buckets>>,
     timer: TimerFd,
 }
 
@@ -76,24 +83,40 @@ impl RateLimiter {
     pub(super) fn new(config: Option<RateLimit>) -> io::Result<Self> {
         let now = Instant::now();
         let config = config.unwrap_or_default();
-        Ok(Self {
+        let buckets = Buckets {
             bytes: config.bytes.map(|bucket| Bucket::new(bucket, now)),
             operations: config.operations.map(|bucket| Bucket::new(bucket, now)),
+        };
+        Ok(Self {
+            buckets: Arc::new(Mutex::new(buckets)),
             timer: TimerFd::new().map_err(io::Error::from)?,
         })
+    }
+
+    /// The same limits for another thread: each of them may be one request ahead of what the buckets hold.
+    pub(super) fn share(&self) -> io::Result<Self> {
+        Ok(Self {
+            buckets: self.buckets.clone(),
+            timer: TimerFd::new().map_err(io::Error::from)?,
+        })
+    }
+
+    fn buckets(&self) -> MutexGuard<'_, Buckets> {
+        // Nothing panics while it is held.
+        self.buckets.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether one more request may go ahead now. Where it may not, the timer becomes readable when it may.
     pub(super) fn is_open(&mut self) -> io::Result<bool> {
         let now = Instant::now();
         let mut wait = Duration::ZERO;
-        for bucket in [&mut self.bytes, &mut self.operations]
-            .into_iter()
-            .flatten()
-        {
+        let mut buckets = self.buckets();
+        let Buckets { bytes, operations } = &mut *buckets;
+        for bucket in [bytes, operations].into_iter().flatten() {
             bucket.fill(now);
             wait = wait.max(bucket.wait());
         }
+        drop(buckets);
         if wait.is_zero() {
             return Ok(true);
         }
@@ -103,15 +126,20 @@ impl RateLimiter {
 
     /// Accounts for one request of `bytes` that goes ahead.
     pub(super) fn take(&mut self, bytes: u64) {
-        if let Some(bucket) = &mut self.bytes {
+        let mut buckets = self.buckets();
+        if let Some(bucket) = &mut buckets.bytes {
             bucket.take(bytes);
         }
-        if let Some(bucket) = &mut self.operations {
+        if let Some(bucket) = &mut buckets.operations {
             bucket.take(1);
         }
     }
 
     /// Reads the timer after it was readable, so that it isn't any more.
+    #[allow(
+        dead_code,
+        reason = "who waits for the timer only while the limiter is closed needs it not"
+    )]
     pub(super) fn clear_timer(&mut self) -> io::Result<()> {
         self.timer.wait().map(drop).map_err(io::Error::from)
     }
@@ -145,6 +173,8 @@ mod tests {
             }
             limiter.take(u64::MAX);
         }
+        let mut shared = limiter.share().unwrap();
+        assert!(!shared.is_open().unwrap(), "the debt is the other's too");
         let mut free = RateLimiter::new(None).unwrap();
         free.take(u64::MAX);
         assert!(free.is_open().unwrap());

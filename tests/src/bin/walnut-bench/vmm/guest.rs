@@ -15,6 +15,7 @@ use walnut_tests::{
     command,
     deadline::{self, Deadline},
     initramfs::Initramfs,
+    network::Network,
     programs::Programs,
     vmm::{CMDLINE, Vm, VmBuilder},
 };
@@ -144,6 +145,7 @@ impl Story {
             .writable_disk(&self.disk())
             .share_of(&self.share())
             .vsock()
+            .network(Network::new(TAP))
             .start()?;
         let sockets = sockets::Way::Unix(vm.socket_path());
         Ok(Guest {

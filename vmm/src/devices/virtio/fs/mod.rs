@@ -1,45 +1,60 @@
 //! The file system device: a directory of the host in the guest.
 //!
-//! virtio 1.3, section 5.11. FUSE itself is in `server`; here are the queues, one thread for each, so
-//! that what the guest forgets or interrupts (the high-priority queue) does not wait behind a slow
-//! request. The device must not open a path.
+//! virtio 1.3, section 5.11. FUSE's messages are in `server` and its files in `files`; here are the queues, one
+//! thread for each, so that what the guest forgets or interrupts (the high-priority queue) does not wait behind
+//! a slow request. The device must not open a path.
 
+mod attributes;
+mod files;
+mod identity;
 mod server;
+mod table;
+mod tree;
 
 pub use self::server::{FsError, PendingShare, ShareServer};
 
-use super::{ActivateError, Activation, DeviceType, VirtioDevice, queue};
+use super::{ActivateError, Activation, DeviceType, SharedRegion, VirtioDevice, queue};
 use crate::event_loop::Worker;
 use std::sync::Arc;
 use vmm_sys_util::eventfd::EventFd;
 
-/// Sizes of the high-priority queue and of the request queue. A request of 1 MiB takes 256 pages, and
-/// Linux sends no request with more pages than the queue has descriptors.
-const QUEUE_SIZES: [u16; 2] = [128, 512];
-/// Names of the threads that serve them.
-const THREADS: [&str; 2] = ["fs-hiprio", "fs-request"];
+/// Request queues at the most: more threads of the host than a Pod's files keep busy.
+const MAX_REQUEST_QUEUES: u8 = 4;
+/// Size of the high-priority queue.
+const HIGH_PRIORITY_SIZE: u16 = 128;
+/// Size of a request queue. A request of 1 MiB takes 256 pages, and Linux sends no request with more pages than
+/// the queue has descriptors.
+const REQUEST_SIZE: u16 = 512;
 /// Bytes of the tag in the configuration space.
 const TAG_BYTES: usize = 36;
+/// The shared memory region that is the DAX window (section 5.11.6.4).
+const WINDOW_ID: u32 = 0;
 /// Tag and `num_request_queues` (section 5.11.4).
 const CONFIG_BYTES: usize = TAG_BYTES + 4;
 
 /// The file system device.
 pub struct FileSystem {
     config: [u8; CONFIG_BYTES],
+    queue_sizes: Vec<u16>,
     server: Arc<ShareServer>,
     threads: Vec<Worker>,
 }
 
 impl FileSystem {
-    /// A device that the guest mounts by `tag`, at most 36 bytes.
-    pub fn new(tag: &str, server: ShareServer) -> Self {
+    /// A device that the guest mounts by `tag`, at most 36 bytes, with a request queue for each vCPU, within
+    /// reason.
+    pub fn new(tag: &str, server: ShareServer, vcpus: u8) -> Self {
+        let request_queues = vcpus.clamp(1, MAX_REQUEST_QUEUES);
         let mut config = [0; CONFIG_BYTES];
         for (byte, character) in config.iter_mut().take(TAG_BYTES).zip(tag.bytes()) {
             *byte = character;
         }
-        config[TAG_BYTES..].copy_from_slice(&1u32.to_le_bytes());
+        config[TAG_BYTES..].copy_from_slice(&u32::from(request_queues).to_le_bytes());
+        let mut queue_sizes = vec![HIGH_PRIORITY_SIZE];
+        queue_sizes.resize(1 + usize::from(request_queues), REQUEST_SIZE);
         Self {
             config,
+            queue_sizes,
             server: Arc::new(server),
             threads: Vec::new(),
         }
@@ -56,26 +71,39 @@ impl VirtioDevice for FileSystem {
     }
 
     fn queue_max_sizes(&self) -> &[u16] {
-        &QUEUE_SIZES
+        &self.queue_sizes
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         super::read_config_space(&self.config, offset, data);
     }
 
+    fn shared_region(&self, id: u32) -> Option<SharedRegion> {
+        let window = self.server.window().filter(|_| id == WINDOW_ID);
+        window.map(|window| window.region())
+    }
+
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let mut queues = activation.queues.into_iter();
-        for (index, name) in THREADS.into_iter().enumerate() {
-            let active = queues
-                .next()
-                .flatten()
-                .ok_or(ActivateError::MissingQueue { index })?;
+        for (index, active) in activation.queues.into_iter().enumerate() {
+            // A driver with fewer processors than there are queues leaves the last ones out.
+            let Some(active) = active else {
+                if index < 2 {
+                    return Err(ActivateError::MissingQueue { index });
+                }
+                continue;
+            };
             let (memory, server) = (activation.memory.clone(), self.server.clone());
             let interrupt = activation.interrupt.clone();
-            let serve = move |stop: EventFd| {
-                queue::serve(active, &memory, &interrupt, &stop, |chain| {
-                    server.answer(&memory, chain)
-                });
+            let serve = move |stop: EventFd| match server.enter_thread() {
+                Ok(session) => queue::serve(active, &memory, &interrupt, &stop, |chain| {
+                    session.answer(&memory, chain)
+                }),
+                Err(_) => interrupt.signal_needs_reset(),
+            };
+            let name = if index == 0 {
+                "fs-hiprio"
+            } else {
+                "fs-request"
             };
             let thread = Worker::spawn(name, serve).map_err(ActivateError::Thread)?;
             self.threads.push(thread);

@@ -1,44 +1,49 @@
-//! The file server behind the device: a directory of the host, as FUSE.
+//! From a descriptor chain to an answer: FUSE's messages.
 //!
-//! The directory is the root of the VMM's own mount namespace, which is what confines the guest: no path
-//! of the server is resolved outside it, whatever `..` or symbolic links it meets. Inside it the server
-//! opens by name with `O_NOFOLLOW`, and opens regular files and directories only: a device node, FIFO or
-//! socket is shown and never opened (its meaning is the guest kernel's).
-//!
-//! Limits: no extended attributes, and so no POSIX ACLs (the crate reaches them by a path below `/proc`,
-//! which the jail does not have); no locks that the host or another guest would see; changes on the host
-//! are seen after [`FRESHNESS`]. Inode numbers do not fit 32 bits, so 32-bit programs need large-file
-//! support. The crate keeps some 50 bytes for each file that the guest ever looked up.
+//! The crate parses and encodes them; those that it does not know yet are here. The directory that is shared is
+//! the root of the VMM's own mount namespace, which is what confines the guest. Must not touch a file.
 
-use fuse_backend_rs::{
-    abi::fuse_abi::FsOptions,
-    api::{
-        Vfs, VfsOptions,
-        filesystem::FileSystem,
-        server::{MAX_BUFFER_SIZE, Server},
-        vfs::VfsError,
-    },
-    passthrough::{CachePolicy, Config, PassthroughFs},
-    transport::{Reader, VirtioFsWriter},
+use super::{
+    identity::{borrow, prepare_thread},
+    tree::Files,
 };
-use std::{io, path::PathBuf, sync::Arc, time::Duration};
+use crate::window::{Piece, Window};
+use fuse_backend_rs::{
+    abi::fuse_abi::{CreateIn, EntryOut, InHeader, OpenOptions, OpenOut, OutHeader, WriteOut},
+    abi::virtio_fs::{RemovemappingOne, SetupmappingFlags},
+    api::{
+        filesystem::{Context, FileSystem},
+        server::{MAX_BUFFER_SIZE, Server},
+    },
+    transport::{FsCacheReqHandler, Reader, VirtioFsWriter},
+};
+use rustix::{
+    fs::{CWD, Mode, OFlags, open, openat},
+    io::Errno,
+    process::{Resource, getrlimit},
+};
+use std::{
+    io,
+    os::fd::{OwnedFd, RawFd},
+    path::PathBuf,
+    sync::Arc,
+};
 use virtio_queue::DescriptorChain;
 use vm_memory::GuestMemoryMmap;
 
-/// How long the guest may use names and attributes without asking again. A container's root file system
-/// is changed by the guest alone, but a volume is also changed by the host, and its users expect to see
-/// that at once. The guest keeps data and directories over an open (`CachePolicy::Always`), so that a
-/// program that is started twice is read once; it drops them when it learns of another size or time of
-/// modification (AUTO_INVAL_DATA), so they are as fresh as the attributes.
-const FRESHNESS: Duration = Duration::from_secs(1);
 /// Bytes of a request or of an answer at the most: the largest payload and its headers.
 const MAX_MESSAGE_BYTES: usize = MAX_BUFFER_SIZE as usize + 4096;
+/// `FUSE_COPY_FILE_RANGE` and `FUSE_TMPFILE`.
+const COPY_FILE_RANGE: u32 = 47;
+const TMPFILE: u32 = 51;
+/// Bytes that one request copies at the most: Linux asks again for the rest.
+const MAX_COPY_BYTES: u64 = 64 << 20;
 
 /// Why the share cannot be served.
 #[derive(Debug, thiserror::Error)]
 pub enum FsError {
-    /// The server could not prepare itself: it opens `/proc/self/fd` and `/proc/self/mountinfo`.
-    #[error("cannot prepare the file server, which needs /proc")]
+    /// The server could not prepare itself.
+    #[error("cannot open /proc/self/fd, which the file server needs")]
     Prepare(#[source] io::Error),
     /// The root of the share could not be opened.
     #[error("cannot open {root}, the root of the share")]
@@ -49,46 +54,106 @@ pub enum FsError {
         #[source]
         source: io::Error,
     },
-    /// The server refused its root.
-    #[error("cannot serve the root of the share")]
-    Serve(#[source] VfsError),
 }
 
 /// A server that has what it needs from outside the jail, and has not opened its root.
 pub struct PendingShare {
-    files: PassthroughFs,
+    links: OwnedFd,
     root: PathBuf,
 }
 
 /// A server that can answer requests, from several threads at once.
 pub struct ShareServer {
-    server: Server<Arc<Vfs>>,
-    files: Arc<Vfs>,
+    server: Server<Arc<Files>>,
+    files: Arc<Files>,
+    window: Option<Arc<Window>>,
 }
+
+/// A server on a thread that was made ready for it.
+pub(super) struct Session<'a>(&'a ShareServer);
 
 impl ShareServer {
     /// Opens what the server needs of `/proc`; `root` is opened later, by [`PendingShare::after_jail`].
     pub fn before_jail(root: &str) -> Result<PendingShare, FsError> {
-        let config = Config {
-            root_dir: root.to_owned(),
-            entry_timeout: FRESHNESS,
-            attr_timeout: FRESHNESS,
-            cache_policy: CachePolicy::Always,
-            // The guest's page cache would hold what the host cannot see.
-            writeback: false,
-            // Options are negotiated by `Vfs`.
-            do_import: false,
-            // The guest's own cache and the host's are enough: O_DIRECT on the host would demand an
-            // alignment of which the guest knows nothing.
-            allow_direct_io: false,
-            enable_mntid: true,
-            ..Config::default()
-        };
-        let files = PassthroughFs::new(config).map_err(FsError::Prepare)?;
-        let root = root.into();
-        Ok(PendingShare { files, root })
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let links = openat(CWD, "/proc/self/fd", flags, Mode::empty());
+        Ok(PendingShare {
+            links: links.map_err(|source| FsError::Prepare(source.into()))?,
+            root: root.into(),
+        })
     }
 
+    /// Makes this thread one that may answer requests: it gets a working directory and a umask of its own.
+    pub(super) fn enter_thread(&self) -> io::Result<Session<'_>> {
+        prepare_thread(&self.files.links)?;
+        Ok(Session(self))
+    }
+
+    /// Where the guest maps files.
+    pub(super) fn window(&self) -> Option<&Arc<Window>> {
+        self.window.as_ref()
+    }
+
+    /// Forgets every file that the guest has opened, mapped or looked up.
+    pub(super) fn forget_all(&self) {
+        FileSystem::destroy(&*self.files);
+        if let Some(window) = &self.window {
+            // Fails for want of memory only, and then the guest still sees what it was shown.
+            let _ = window.clear();
+        }
+    }
+}
+
+impl PendingShare {
+    /// Opens the root. `writeback` lets the guest keep what it writes to itself for a while.
+    ///
+    /// `window` is where the guest may map files.
+    pub fn after_jail(
+        self,
+        writeback: bool,
+        window: Option<Arc<Window>>,
+    ) -> Result<ShareServer, FsError> {
+        let Self { links, root } = self;
+        // No limit is as many as there are.
+        let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let files = open(&root, flags, Mode::empty())
+            .map_err(io::Error::from)
+            .and_then(|root| Files::new(root, links, writeback, descriptors));
+        let files = Arc::new(files.map_err(|source| FsError::Root { root, source })?);
+        Ok(ShareServer {
+            server: Server::new(files.clone()),
+            files,
+            window,
+        })
+    }
+}
+
+/// Carries mappings from the messages to the window.
+struct Mapper(Arc<Window>);
+
+impl FsCacheReqHandler for Mapper {
+    fn map(&mut self, offset: u64, at: u64, bytes: u64, flags: u64, fd: RawFd) -> io::Result<()> {
+        let writable = flags & SetupmappingFlags::WRITE.bits() != 0;
+        let piece = Piece { at, bytes };
+        Ok(self.0.map(piece, borrow(&fd), offset, writable)?)
+    }
+
+    fn unmap(&mut self, requests: Vec<RemovemappingOne>) -> io::Result<()> {
+        for RemovemappingOne { moffset: at, len } in requests {
+            // The whole window, in the words of virtiofsd.
+            let bytes = if len == u64::MAX {
+                self.0.region().bytes
+            } else {
+                len
+            };
+            self.0.unmap(Piece { at, bytes })?;
+        }
+        Ok(())
+    }
+}
+
+impl Session<'_> {
     /// Answers the request in `chain`; gives how many bytes were written to it. Zero is the answer to a
     /// request that needs none, and to a chain that holds no request.
     pub(super) fn answer(
@@ -109,50 +174,98 @@ impl ShareServer {
         {
             return 0;
         }
-        let written = self
-            .server
-            .handle_message(request, answer.into(), None, None);
+        let written = match request.clone().read_obj::<InHeader>() {
+            Ok(header) if matches!(header.opcode, COPY_FILE_RANGE | TMPFILE) => {
+                self.answer_extension(&header, request, answer)
+            }
+            _ => {
+                let mut mapper = self.0.window.clone().map(Mapper);
+                let mapper = mapper
+                    .as_mut()
+                    .map(|mapper| mapper as &mut dyn FsCacheReqHandler);
+                let server = &self.0.server;
+                let written = server.handle_message(request, answer.into(), mapper, None);
+                written.map_err(io::Error::other)
+            }
+        };
         written
             .ok()
             .and_then(|bytes| bytes.try_into().ok())
             .unwrap_or(0)
     }
 
-    /// Forgets every file that the guest has opened or looked up.
-    pub(super) fn forget_all(&self) {
-        self.files.destroy();
-    }
-}
-
-impl PendingShare {
-    /// Opens the root. Sets the process's umask to zero, as the guest applies the umask of its processes.
-    pub fn after_jail(self) -> Result<ShareServer, FsError> {
-        let Self { files, root } = self;
-        files
-            .import()
-            .map_err(|source| FsError::Root { root, source })?;
-        let options = VfsOptions {
-            no_open: false,
-            no_opendir: false,
-            no_writeback: true,
-            killpriv_v2: false,
-            out_opts: FsOptions::ASYNC_READ
-                | FsOptions::PARALLEL_DIROPS
-                | FsOptions::BIG_WRITES
-                | FsOptions::MAX_PAGES
-                | FsOptions::ASYNC_DIO
-                | FsOptions::AUTO_INVAL_DATA
-                | FsOptions::ATOMIC_O_TRUNC
-                | FsOptions::CACHE_SYMLINKS
-                | FsOptions::DO_READDIRPLUS
-                | FsOptions::READDIRPLUS_AUTO,
-            ..VfsOptions::default()
+    fn answer_extension(
+        &self,
+        header: &InHeader,
+        mut request: Reader<'_>,
+        mut answer: VirtioFsWriter<'_>,
+    ) -> io::Result<usize> {
+        request.read_obj::<InHeader>()?;
+        let mut body = answer
+            .split_at(size_of::<OutHeader>())
+            .map_err(io::Error::other)?;
+        let result = match header.opcode {
+            TMPFILE => self.make_unnamed(header, &mut request, &mut body),
+            _ => self.copy(header, &mut request, &mut body),
         };
-        let vfs = Arc::new(Vfs::new(options));
-        vfs.mount(Box::new(files), "/").map_err(FsError::Serve)?;
-        Ok(ShareServer {
-            server: Server::new(vfs.clone()),
-            files: vfs,
+        let error = result
+            .err()
+            .map_or(0, |error| -error.raw_os_error().unwrap_or(libc::EIO));
+        let bytes = match error {
+            0 => body.bytes_written() + size_of::<OutHeader>(),
+            _ => size_of::<OutHeader>(),
+        };
+        answer.write_obj(OutHeader {
+            len: bytes.try_into().map_err(|_| Errno::OVERFLOW)?,
+            error,
+            unique: header.unique,
+        })?;
+        Ok(bytes)
+    }
+
+    /// `O_TMPFILE`: as CREATE, but for the name.
+    fn make_unnamed(
+        &self,
+        header: &InHeader,
+        request: &mut Reader<'_>,
+        body: &mut VirtioFsWriter<'_>,
+    ) -> io::Result<()> {
+        let args: CreateIn = request.read_obj()?;
+        let context = Context::from(header);
+        let files = &self.0.files;
+        let (entry, handle) = files.make_file(&context, header.nodeid, None, args)?;
+        body.write_obj(EntryOut::from(entry))?;
+        body.write_obj(OpenOut {
+            fh: handle,
+            open_flags: OpenOptions::KEEP_CACHE.bits(),
+            ..OpenOut::default()
+        })
+    }
+
+    /// `copy_file_range`, within the share and without the bytes entering the guest.
+    fn copy(
+        &self,
+        header: &InHeader,
+        request: &mut Reader<'_>,
+        body: &mut VirtioFsWriter<'_>,
+    ) -> io::Result<()> {
+        let mut fields = [0u64; 7];
+        for field in &mut fields {
+            *field = request.read_obj()?;
+        }
+        let [from, from_offset, to_node, to, to_offset, bytes, flags] = fields;
+        if flags != 0 {
+            return Err(Errno::INVAL.into());
+        }
+        let bytes = bytes.min(MAX_COPY_BYTES);
+        let copied = self.0.files.copy(
+            (header.nodeid, from, from_offset),
+            (to_node, to, to_offset),
+            bytes.try_into().map_err(|_| Errno::INVAL)?,
+        )?;
+        body.write_obj(WriteOut {
+            size: copied.try_into().map_err(|_| Errno::OVERFLOW)?,
+            ..WriteOut::default()
         })
     }
 }
