@@ -4,6 +4,8 @@
 //! Each rung of the ladder has one file in `tests/`, see `docs/testing.md`.
 
 pub mod agent;
+pub mod answer;
+pub mod bare;
 pub mod bundle;
 pub mod command;
 pub mod ctr;

@@ -59,7 +59,7 @@ impl Network {
     }
 
     /// Makes the tap, hands its files over, and describes it.
-    pub(crate) fn open(
+    pub fn open(
         &self,
         number: u8,
         push: &mut dyn FnMut(OwnedFd) -> Result<FdSlot>,

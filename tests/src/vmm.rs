@@ -116,6 +116,13 @@ impl VmBuilder {
         self
     }
 
+    /// Adds a socket device.
+    #[must_use]
+    pub fn socket(mut self) -> Self {
+        self.vsock = true;
+        self
+    }
+
     /// Sets the number of vCPUs.
     #[must_use]
     pub fn vcpus(mut self, vcpus: u8) -> Self {
@@ -259,7 +266,10 @@ impl VmBuilder {
             cmdline: self.cmdline.clone(),
             initramfs: Some(fds.open(&self.initramfs, OpenOptions::new().read(true))?),
             vsock: self.vsock.then(|| vm.listen(&mut fds)).transpose()?,
-            share: self.open_share(&mut vm, &mut fds)?,
+            share: self
+                .share
+                .map(|change| vm.share(&mut fds, change))
+                .transpose()?,
             disks: self.open_disks(&mut fds)?,
             pmems: self.open_pmems(&mut fds)?,
             networks: (0..)
@@ -270,15 +280,6 @@ impl VmBuilder {
         };
         vm.send(&Request::Boot(config), &fds.0)?;
         Ok(vm)
-    }
-
-    fn open_share(&self, vm: &mut Vm, fds: &mut FdArray) -> Result<Option<ShareConfig>> {
-        let Some(change) = self.share else {
-            return Ok(None);
-        };
-        let mut config = vm.share(self.shared_directory.as_deref(), fds)?;
-        change(&mut config);
-        Ok(Some(config))
     }
 
     fn open_disks(&self, fds: &mut FdArray) -> Result<Vec<DiskConfig>> {
@@ -396,7 +397,12 @@ impl Vm {
         })
     }
 
-    fn share(&mut self, source: Option<&Path>, fds: &mut FdArray) -> Result<ShareConfig> {
+    fn share(
+        &mut self,
+        source: Option<&Path>,
+        fds: &mut FdArray,
+        change: fn(&mut ShareConfig),
+    ) -> Result<ShareConfig> {
         let path = self.share_path();
         fs::create_dir(&path).context("cannot make the share")?;
         self.share = Some(match source {
@@ -409,7 +415,9 @@ impl Vm {
             Mode::empty(),
         )
         .context("cannot open the share")?;
-        Ok(ShareConfig::new(SHARE_TAG, fds.push(directory)?))
+        let mut config = ShareConfig::new(SHARE_TAG, fds.push(directory)?);
+        change(&mut config);
+        Ok(config)
     }
 
     /// Sends one request.
@@ -417,20 +425,8 @@ impl Vm {
         self.send(request, &[])
     }
 
-    /// Sends one request with these files, and gives its answer.
-    pub fn answer(&mut self, request: &Request, fds: &[OwnedFd]) -> Result<Message> {
-        self.send(request, fds)?;
-        let deadline = Deadline::after(deadline::REQUEST);
-        loop {
-            match self.receive(deadline)? {
-                Some(Message::Booted | Message::GuestReady) => {}
-                Some(message) => return Ok(message),
-                None => bail!("the VMM ended instead of an answer to {request:?}"),
-            }
-        }
-    }
-
-    fn send(&mut self, request: &Request, fds: &[OwnedFd]) -> Result<()> {
+    /// Sends one request with these files.
+    pub fn send(&mut self, request: &Request, fds: &[OwnedFd]) -> Result<()> {
         let packet = request.encode().context("cannot encode a request")?;
         self.send_raw(&packet, fds)
     }

@@ -28,7 +28,8 @@ const SERVES: &str = "
     echo 'DATA' > /data
     cat > /setup <<'END'
     ip link set lo up
-    ip addr add 10.77.0.2/24 dev eth0; ip addr add fd77::2/64 dev eth0 nodad; ip link set eth0 up
+    echo 0 > /proc/sys/net/ipv6/conf/eth0/accept_dad
+    ip addr add 10.77.0.2/24 dev eth0; ip addr add fd77::2/64 dev eth0; ip link set eth0 up
     if [ -e /sys/class/net/eth1 ]; then
         ip addr add 10.78.0.2/24 dev eth1; ip link set eth1 up
     fi
@@ -36,13 +37,14 @@ END
     sh /setup
     socat -t 100 TCP-LISTEN:1000,reuseaddr,fork EXEC:'sh' &
     socat -t 100 TCP-LISTEN:1001,reuseaddr,fork EXEC:md5sum &
-    socat -t 100 -u EXEC:'sh /data' TCP-LISTEN:1002,reuseaddr,fork &
+    socat -t 100 -U TCP-LISTEN:1002,reuseaddr,fork EXEC:'sh /data' &
+    iperf3 -s -D
     socat -b 65507 UDP4-RECVFROM:1003,fork PIPE &
     echo guest-is-up; sleep 100000";
 
-/// Numbered lines: no two parts of them are alike.
+/// A command for so many bytes: numbered lines, again and again.
 fn data(bytes: u64) -> String {
-    format!("(seq 1 9000000 || :) | head -c {bytes}")
+    format!("(yes \"$(seq 1 20000)\" || :) | head -c {bytes}")
 }
 
 /// What is sent to the fast network and from it.
@@ -181,7 +183,7 @@ const CHAPTERS: &[Chapter<Networked>] = &[
 ];
 
 fn both_ends_answer(_: &mut Networked) -> Result<()> {
-    host("ping -c 3 -W 20 10.77.0.2; ping -c 3 -W 20 fd77::2; ping -c 3 -W 20 10.78.0.2")?;
+    host("ping -c 3 -W 20 10.77.0.2 && ping -c 3 -W 20 fd77::2 && ping -c 3 -W 20 10.78.0.2")?;
     let said = guest(
         FAST,
         "ping -c 3 10.77.0.1; ping -6 -c 3 fd77::1; ping -c 3 10.78.0.1",
@@ -195,7 +197,8 @@ fn both_ends_answer(_: &mut Networked) -> Result<()> {
 fn guest_sees_agreement(_: &mut Networked) -> Result<()> {
     let said = guest(
         FAST,
-        "ethtool -k eth0; ethtool -l eth0; cat /sys/class/net/eth0/address
+        "ethtool -K eth0 tx-udp-segmentation on
+        ethtool -k eth0; ethtool -l eth0; cat /sys/class/net/eth0/address
         echo mtu $(cat /sys/class/net/eth0/mtu) $(cat /sys/class/net/eth1/mtu)
         echo carrier $(cat /sys/class/net/eth0/carrier)
         dmesg | grep -iE 'call trace|bug:|unable to handle' && echo complaints",

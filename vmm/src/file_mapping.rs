@@ -2,7 +2,7 @@
 //! A file of the host as memory that the guest sees.
 //!
 //! This process never touches the mapping: a file that is truncated by somebody else takes its pages away, which
-//! KVM reports as the end of the VM, and would be a fatal signal here. Must not know who shows it to the guest.
+//! stops the vCPU that touches them, and would be a fatal signal here. Must not know who shows it to the guest.
 
 use rustix::{
     io::Errno,

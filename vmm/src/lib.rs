@@ -10,6 +10,8 @@ pub mod control;
 pub mod devices;
 pub mod event_loop;
 pub mod file_mapping;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 pub mod jail;
 pub mod machine;
 pub mod memory;

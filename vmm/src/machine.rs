@@ -323,3 +323,35 @@ pub fn make_vcpu(vm: &Vm, supported: &CpuId, place: Place) -> Result<VcpuFd, Mac
     vcpu::prepare(&vcpu, id)?;
     Ok(vcpu)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use walnut_vmm_api::FdSlot;
+
+    proptest! {
+        #[test]
+        fn growth_lies_above_ram_and_below_what_is_allocated_next(
+            memory_mib in 96_u32..8192,
+            steps in 0_u32..64,
+        ) {
+            let config = VmConfig {
+                memory_mib,
+                max_memory_mib: Some(memory_mib + steps * MEMORY_STEP_MIB),
+                ..VmConfig::new(FdSlot(0), FdSlot(1), FdSlot(2))
+            };
+            let ram_end = layout::device_memory(u64::from(memory_mib) << 20);
+            let mut bus = Bus::new(0, 0, ram_end.0, 5..=5);
+            let growth = allocate_growth(&mut bus, &config).unwrap();
+            prop_assert_eq!(growth.is_none(), steps == 0);
+            if let Some(region) = growth {
+                let step = u64::from(MEMORY_STEP_MIB) << 20;
+                prop_assert!(region.address >= ram_end && region.address.0.is_multiple_of(step));
+                prop_assert_eq!(region.bytes, u64::from(steps) * step);
+                let next = bus.allocate_memory(1, 1).unwrap();
+                prop_assert!(next >= region.address.0 + region.bytes);
+            }
+        }
+    }
+}

@@ -133,6 +133,11 @@ impl RunningMachine {
         self.events().press_power_button();
     }
 
+    /// Tells the guest, whose drivers are there now, what it may have missed while it started.
+    pub fn remind_guest(&self) {
+        self.events().remind();
+    }
+
     /// Puts a device into a free place and tells the guest. Gives the name of the place.
     pub fn attach(&mut self, device: Box<dyn VirtioDevice>) -> Result<String, RunningError> {
         let (index, place) = self.slots.free().ok_or(RunningError::NoPlace)?;

@@ -78,7 +78,7 @@ pub fn run(
             let outcome = match token {
                 CONTROL => serve(control, machine, resize)?,
                 ENDED => machine.vcpus.end().map(Outcome::from),
-                _ => announce(control, &poll, ready)?,
+                _ => announce(control, machine, &poll, ready)?,
             };
             if let Some(outcome) = outcome {
                 let ended = usize::from(token == ENDED);
@@ -175,10 +175,12 @@ fn attached(result: Result<String, AttachError>) -> Message {
 /// The guest's init listens; said once.
 fn announce(
     control: &Control,
+    machine: &RunningMachine,
     poll: &Poll,
     ready: &EventFd,
 ) -> Result<Option<Outcome>, SessionError> {
     poll.remove(ready)?;
+    machine.remind_guest();
     control.send(&Message::GuestReady)?;
     Ok(None)
 }

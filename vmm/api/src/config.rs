@@ -310,6 +310,20 @@ mod tests {
     }
 
     #[test]
+    fn the_virtio_console_is_there_for_who_names_it() {
+        let named = |cmdline: &str| {
+            let cmdline = cmdline.into();
+            VmConfig {
+                cmdline,
+                ..config()
+            }
+            .has_virtio_console()
+        };
+        assert!(named("quiet console=ttyS0 console=hvc0") && named("console=hvc0"));
+        assert!(!named("quiet console=ttyS0") && !named("xconsole=hvc01"));
+    }
+
+    #[test]
     fn numbers_outside_their_range_are_named() {
         type Change = fn(&mut VmConfig);
         let cases: [(&str, Change); 7] = [

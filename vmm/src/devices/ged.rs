@@ -45,6 +45,13 @@ impl EventDevice {
         self.raise(CONTENTS);
     }
 
+    /// Interrupts again for what the guest has not read: a guest that starts may have missed it.
+    pub fn remind(&mut self) {
+        if self.events != 0 {
+            self.raise(0);
+        }
+    }
+
     fn raise(&mut self, event: u8) {
         self.events |= event;
         // Fails only when the counter is full, and then an interrupt is pending anyway.
@@ -91,12 +98,16 @@ mod tests {
         device.set_device(7, true);
         device.set_device(0, false);
         assert_eq!(interrupt.read().unwrap(), 5);
+        device.remind();
+        assert_eq!(interrupt.read().unwrap(), 1);
         assert_eq!(read(&mut device, EVENTS_OFFSET), POWER_BUTTON | CONTENTS);
         for _ in 0..2 {
             assert_eq!(read(&mut device, EVENTS_OFFSET), 0);
             assert_eq!(read(&mut device, VCPUS_OFFSET), 3);
             assert_eq!(read(&mut device, DEVICES_OFFSET), 0x80);
         }
+        device.remind();
+        assert!(interrupt.read().is_err(), "nothing is left to read");
         let mut two = [0xff; 2];
         device.read(0, &mut two);
         assert_eq!(two, [0, 0], "registers are bytes");

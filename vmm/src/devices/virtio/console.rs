@@ -48,17 +48,12 @@ impl VirtioDevice for Console {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let index = TRANSMIT_QUEUE;
-        let active = activation.queues.into_iter().nth(index).flatten();
-        let active = active.ok_or(ActivateError::MissingQueue { index })?;
-        let (memory, interrupt) = (activation.memory, activation.interrupt);
         let mut log = self.log.clone();
-        let worker = Worker::spawn("console", move |stop| {
-            queue::serve(active, &memory, &interrupt, &stop, |chain| {
-                print(&mut log, &memory, chain)
-            });
+        let index = TRANSMIT_QUEUE;
+        let worker = queue::spawn("console", index, activation, move |memory, chain| {
+            print(&mut log, memory, chain)
         });
-        self.worker = Some(worker.map_err(ActivateError::Thread)?);
+        self.worker = Some(worker?);
         Ok(())
     }
 

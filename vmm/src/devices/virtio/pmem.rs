@@ -2,8 +2,9 @@
 //! keeps a copy of it beside the host's page cache. The guest's stores reach the file by themselves; this
 //! device only answers its flushes.
 //!
-//! A file that is truncated while it is mapped ends the VM at the guest's next access to what is gone: KVM
-//! cannot fault the page in, and this process never touches the mapping. Must not map anything.
+//! A file that is truncated while it is mapped takes memory away that the guest believes to have. A vCPU that
+//! touches it stands still: KVM can neither fault the page in nor give up, as the page might only be late, until
+//! the VM is stopped. This process never touches the mapping. Must not map anything.
 
 use super::{ActivateError, Activation, DeviceType, SharedRegion, VirtioDevice, queue};
 use crate::event_loop::Worker;
@@ -61,17 +62,12 @@ impl VirtioDevice for Pmem {
         super::read_config_space(&fields.map(u64::to_le_bytes).concat(), offset, data);
     }
 
-    fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
-        let active = activation.queues.pop().flatten();
-        let active = active.ok_or(ActivateError::MissingQueue { index: 0 })?;
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let file = self.file.clone();
-        let worker = Worker::spawn("pmem", move |stop| {
-            let memory = &activation.memory;
-            queue::serve(active, memory, &activation.interrupt, &stop, |chain| {
-                answer(memory, chain, || file.sync_data())
-            });
+        let worker = queue::spawn("pmem", 0, activation, move |memory, chain| {
+            answer(memory, chain, || file.sync_data())
         });
-        self.worker = Some(worker.map_err(ActivateError::Thread)?);
+        self.worker = Some(worker?);
         Ok(())
     }
 

@@ -2,8 +2,8 @@
 //!
 //! Must not know what is in a buffer.
 
-use super::{ActiveQueue, Interrupt};
-use crate::event_loop::Poll;
+use super::{ActivateError, Activation, ActiveQueue, Interrupt};
+use crate::event_loop::{Poll, Worker};
 use std::io;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::GuestMemoryMmap;
@@ -33,6 +33,27 @@ pub(super) enum QueueError {
     /// Waiting failed.
     #[error("cannot wait for the driver")]
     Wait(#[from] io::Error),
+}
+
+/// Serves one queue of a device, the one at `index`, on a thread of its own. `execute` handles a buffer and gives
+/// the bytes it wrote to it.
+pub(super) fn spawn(
+    name: &str,
+    index: usize,
+    activation: Activation,
+    mut execute: impl for<'a> FnMut(&'a GuestMemoryMmap, DescriptorChain<&'a GuestMemoryMmap>) -> u32
+    + Send
+    + 'static,
+) -> Result<Worker, ActivateError> {
+    let active = activation.queues.into_iter().nth(index).flatten();
+    let active = active.ok_or(ActivateError::MissingQueue { index })?;
+    let (memory, interrupt) = (activation.memory, activation.interrupt);
+    let worker = Worker::spawn(name, move |stop| {
+        serve(active, &memory, &interrupt, &stop, |chain| {
+            execute(&memory, chain)
+        });
+    });
+    worker.map_err(ActivateError::Thread)
 }
 
 /// Serves `active` until `stop` is readable. `execute` handles a buffer and gives the bytes it wrote to it.

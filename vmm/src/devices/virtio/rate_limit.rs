@@ -136,10 +136,6 @@ impl RateLimiter {
     }
 
     /// Reads the timer after it was readable, so that it isn't any more.
-    #[allow(
-        dead_code,
-        reason = "who waits for the timer only while the limiter is closed needs it not"
-    )]
     pub(super) fn clear_timer(&mut self) -> io::Result<()> {
         self.timer.wait().map(drop).map_err(io::Error::from)
     }

@@ -38,16 +38,8 @@ impl VirtioDevice for Rng {
 
     fn read_config(&self, _offset: u64, _data: &mut [u8]) {}
 
-    fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
-        let active = activation.queues.pop().flatten();
-        let active = active.ok_or(ActivateError::MissingQueue { index: 0 })?;
-        let worker = Worker::spawn("rng", move |stop| {
-            let memory = &activation.memory;
-            queue::serve(active, memory, &activation.interrupt, &stop, |chain| {
-                fill(memory, chain)
-            });
-        });
-        self.worker = Some(worker.map_err(ActivateError::Thread)?);
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        self.worker = Some(queue::spawn("rng", 0, activation, fill)?);
         Ok(())
     }
 

@@ -92,7 +92,8 @@ fn mib(kib: u64) -> Result<f64> {
 /// PSS of a VMM without its guest's RAM, in MiB, once its guest's init runs.
 pub(crate) fn overhead_mib(programs: &Programs, peer: Peer, vcpus: u8) -> Result<f64> {
     let guest = boot(programs, peer, vcpus, STAYS)?;
-    guest.console.wait_for("bench-idle")?;
+    let up = guest.console.wait_for("bench-idle");
+    up.with_context(|| format!("{} with {vcpus} vCPUs", peer.name()))?;
     mib(memory::of_vmm(guest.pid, MEMORY_MIB)?.overhead_pss_kib)
 }
 

@@ -9,7 +9,7 @@ mod pages;
 mod statistics;
 mod worker;
 
-use self::worker::{Role, Served};
+use self::worker::{Role, Served, Sides};
 use super::{ActivateError, Activation, DeviceType, Interrupt, VirtioDevice};
 use crate::{arch::x86_64::layout::PAGE_BYTES, event_loop::Worker};
 use std::{
@@ -165,7 +165,12 @@ impl VirtioDevice for Balloon {
         let interrupt = activation.interrupt.clone();
         let (control, memory) = (self.control.clone(), activation.memory);
         let worker = Worker::spawn("balloon", move |stop| {
-            worker::serve(served, &memory, &activation.interrupt, &control, &stop);
+            let sides = Sides {
+                memory: &memory,
+                interrupt: &activation.interrupt,
+                control: &control,
+            };
+            worker::serve(served, &sides, &stop);
         });
         self.worker = Some(worker.map_err(ActivateError::Thread)?);
         self.control.state().interrupt = Some(interrupt);

@@ -12,7 +12,7 @@ use crate::{
     event_loop::Poll,
 };
 use std::io::Read;
-use virtio_queue::QueueT;
+use virtio_queue::{DescriptorChain, QueueT};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::{epoll::EventSet, eventfd::EventFd};
 
@@ -45,29 +45,25 @@ impl Served {
     }
 }
 
+/// Those whom the queues are served for.
+pub(super) struct Sides<'a> {
+    pub(super) memory: &'a GuestMemoryMmap,
+    pub(super) interrupt: &'a Interrupt,
+    pub(super) control: &'a BalloonControl,
+}
+
 /// Serves the queues until `stop` is readable. A corrupt queue breaks the device and ends the loop.
-pub(super) fn serve(
-    queues: Vec<Served>,
-    memory: &GuestMemoryMmap,
-    interrupt: &Interrupt,
-    control: &BalloonControl,
-    stop: &EventFd,
-) {
-    if run(queues, memory, interrupt, control, stop).is_err() {
-        interrupt.signal_needs_reset();
+pub(super) fn serve(queues: Vec<Served>, sides: &Sides<'_>, stop: &EventFd) {
+    if run(queues, sides, stop).is_err() {
+        sides.interrupt.signal_needs_reset();
     }
 }
 
-fn run(
-    mut queues: Vec<Served>,
-    memory: &GuestMemoryMmap,
-    interrupt: &Interrupt,
-    control: &BalloonControl,
-    stop: &EventFd,
-) -> Result<(), QueueError> {
+fn run(mut queues: Vec<Served>, sides: &Sides<'_>, stop: &EventFd) -> Result<(), QueueError> {
+    let asked = sides.control.asked.as_ref();
     let mut poll = Poll::new()?;
     poll.add(stop, STOP, EventSet::IN)?;
-    poll.add(control.asked.as_ref(), ASKED, EventSet::IN)?;
+    poll.add(asked, ASKED, EventSet::IN)?;
     for (token, served) in (FIRST_KICK..).zip(&queues) {
         poll.add(&served.active.kick, token, EventSet::IN)?;
     }
@@ -77,12 +73,12 @@ fn run(
                 return Ok(());
             }
             if token == ASKED {
-                let _ = control.asked.read();
+                let _ = asked.read();
             }
             for (kick, served) in (FIRST_KICK..).zip(&mut queues) {
                 match (token, served.role) {
-                    (ASKED, Role::Statistics) => served.ask(memory, interrupt, control)?,
-                    (token, _) if token == kick => served.kicked(memory, interrupt, control)?,
+                    (ASKED, Role::Statistics) => served.ask(sides)?,
+                    (token, _) if token == kick => served.kicked(sides)?,
                     _ => {}
                 }
             }
@@ -92,19 +88,14 @@ fn run(
 
 impl Served {
     /// Serves what the driver offered.
-    fn kicked(
-        &mut self,
-        memory: &GuestMemoryMmap,
-        interrupt: &Interrupt,
-        control: &BalloonControl,
-    ) -> Result<(), QueueError> {
+    fn kicked(&mut self, sides: &Sides<'_>) -> Result<(), QueueError> {
         // The count of kicks says nothing; an error says that there was none.
         let _ = self.active.kick.read();
-        let role = self.role;
+        let (role, memory) = (self.role, sides.memory);
         if role == Role::Statistics {
-            return self.keep(memory, control);
+            return self.keep(sides);
         }
-        let round = queue::serve_round(&mut self.active.queue, memory, interrupt, &mut |chain| {
+        let execute = &mut |chain: DescriptorChain<&GuestMemoryMmap>| {
             match role {
                 Role::Inflate => pages::inflate(memory, chain),
                 Role::Reporting => pages::take_back(memory, chain),
@@ -112,8 +103,9 @@ impl Served {
                 Role::Deflate | Role::Statistics => {}
             }
             0
-        })?;
-        if round == Round::Full {
+        };
+        let queue = &mut self.active.queue;
+        if queue::serve_round(queue, memory, sides.interrupt, execute)? == Round::Full {
             // Fails only when the counter is full, and then the event is readable.
             let _ = self.active.kick.write(1);
         }
@@ -121,13 +113,9 @@ impl Served {
     }
 
     /// Takes the buffer with the numbers and keeps it; another one stays in the queue until then.
-    fn keep(
-        &mut self,
-        memory: &GuestMemoryMmap,
-        control: &BalloonControl,
-    ) -> Result<(), QueueError> {
+    fn keep(&mut self, sides: &Sides<'_>) -> Result<(), QueueError> {
+        let (queue, memory) = (&mut self.active.queue, sides.memory);
         while self.kept.is_none() {
-            let queue = &mut self.active.queue;
             let Some(chain) = queue::pop(queue, memory)? else {
                 if queue.enable_notification(memory)? {
                     continue;
@@ -139,24 +127,20 @@ impl Served {
             if let Ok(reader) = chain.reader(memory) {
                 let _ = reader.take(statistics::MAX_BYTES).read_to_end(&mut bytes);
             }
-            control.state().guest = Some(statistics::parse(&bytes));
+            sides.control.state().guest = Some(statistics::parse(&bytes));
         }
         Ok(())
     }
 
     /// Gives the buffer back, which asks the driver for new numbers.
-    fn ask(
-        &mut self,
-        memory: &GuestMemoryMmap,
-        interrupt: &Interrupt,
-        control: &BalloonControl,
-    ) -> Result<(), QueueError> {
+    fn ask(&mut self, sides: &Sides<'_>) -> Result<(), QueueError> {
+        let queue = &mut self.active.queue;
         if let Some(head) = self.kept.take() {
-            self.active.queue.add_used(memory, head, 0)?;
-            if self.active.queue.needs_notification(memory)? {
-                interrupt.signal_used();
+            queue.add_used(sides.memory, head, 0)?;
+            if queue.needs_notification(sides.memory)? {
+                sides.interrupt.signal_used();
             }
         }
-        self.keep(memory, control)
+        self.keep(sides)
     }
 }

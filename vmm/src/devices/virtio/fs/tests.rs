@@ -1,126 +1,25 @@
 //! The device against a driver that plays the guest's FUSE client.
 
+mod client;
+
+use self::client::{Client, HIPRIO, IN, OUT, REQUEST, ROOT, take};
 use super::{FileSystem, ShareServer};
 use crate::devices::virtio::{
     VirtioDevice,
-    mock_driver::{DEADLINE, Driver, FIRST_BUFFER},
+    mock_driver::{DEADLINE, Driver},
 };
 use fuse_backend_rs::abi::fuse_abi::{
-    EntryOut, ForgetIn, FsOptions, InHeader, InitIn, InitOut, Opcode, OpenIn, OpenOut, OutHeader,
-    ReadIn, WriteIn,
+    Dirent, EntryOut, ForgetIn, FsOptions, InHeader, Opcode, OpenOut, ReadIn, WriteIn,
 };
 use proptest::{option, prelude::*, test_runner::TestRunner};
 use rustix::fs::{CWD, FileType, Mode, mknodat};
-use std::{cell::RefCell, fs, os::unix::fs::symlink, time::Instant};
-use tempfile::TempDir;
+use std::{
+    cell::RefCell,
+    fs,
+    os::unix::fs::{MetadataExt, symlink},
+    time::Instant,
+};
 use vm_memory::{ByteValued, Bytes, GuestAddress};
-
-const HIPRIO: usize = 0;
-const REQUEST: usize = 1;
-const ROOT: u64 = 1;
-const IN: u64 = FIRST_BUFFER;
-const OUT: u64 = FIRST_BUFFER + 0x20_0000;
-
-struct Client {
-    driver: Driver,
-    device: FileSystem,
-    share: TempDir,
-}
-
-impl Client {
-    fn start(event_idx: bool) -> Self {
-        let share = TempDir::new().unwrap();
-        let pending = ShareServer::before_jail(share.path().to_str().unwrap()).unwrap();
-        let server = pending.after_jail(false, None).unwrap();
-        let mut device = FileSystem::new("walnut", server, 1);
-        let (driver, activation) = Driver::new(&[128, 512], event_idx);
-        device.activate(activation).unwrap();
-        Self {
-            driver,
-            device,
-            share,
-        }
-    }
-
-    /// Sends header, arguments and data in descriptors of their own; gives errno and what follows the
-    /// header of the answer.
-    fn call(&mut self, opcode: Opcode, node: u64, args: &[u8], data: &[u8]) -> (i32, Vec<u8>) {
-        let header = Self::header(opcode, node, args.len() + data.len());
-        let mut at = IN;
-        let mut readable = Vec::new();
-        for part in [header.as_slice(), args, data] {
-            if !part.is_empty() {
-                self.driver
-                    .memory
-                    .write_slice(part, GuestAddress(at))
-                    .unwrap();
-                readable.push((at, u32::try_from(part.len()).unwrap()));
-                at += u64::try_from(part.len()).unwrap();
-            }
-        }
-        let writable = [(OUT, 16), (OUT + 16, 0x1_0000), (OUT + 0x1_0010, 0x1_0000)];
-        let head = self.driver.queues[REQUEST].offer(&readable, &writable);
-        let (used, length) = self.driver.wait_used(REQUEST);
-        assert_eq!(used, head);
-        let mut bytes = vec![0; usize::try_from(length).unwrap()];
-        self.driver
-            .memory
-            .read_slice(&mut bytes, GuestAddress(OUT))
-            .unwrap();
-        let answer: OutHeader = take(&bytes);
-        assert_eq!((answer.len, answer.unique), (length, 7));
-        (-answer.error, bytes.split_off(size_of::<OutHeader>()))
-    }
-
-    fn header(opcode: Opcode, node: u64, payload: usize) -> InHeader {
-        InHeader {
-            len: u32::try_from(size_of::<InHeader>() + payload).unwrap(),
-            opcode: opcode as u32,
-            unique: 7,
-            nodeid: node,
-            ..InHeader::default()
-        }
-    }
-
-    fn init(&mut self) -> InitOut {
-        let init = InitIn {
-            major: 7,
-            minor: 31,
-            max_readahead: 1 << 17,
-            flags: !(1 << 30),
-        };
-        let (error, body) = self.call(Opcode::Init, 0, init.as_slice(), &[]);
-        assert_eq!(error, 0);
-        take(&body)
-    }
-
-    fn lookup(&mut self, parent: u64, name: &str) -> Result<EntryOut, i32> {
-        let name = format!("{name}\0");
-        match self.call(Opcode::Lookup, parent, &[], name.as_bytes()) {
-            (0, body) => Ok(take(&body)),
-            (error, _) => Err(error),
-        }
-    }
-
-    fn open(&mut self, node: u64, flags: i32) -> Result<u64, i32> {
-        let open = OpenIn {
-            flags: u32::try_from(flags).unwrap(),
-            ..OpenIn::default()
-        };
-        match self.call(Opcode::Open, node, open.as_slice(), &[]) {
-            (0, body) => Ok(take::<OpenOut>(&body).fh),
-            (error, _) => Err(error),
-        }
-    }
-}
-
-fn take<T: ByteValued>(bytes: &[u8]) -> T {
-    let mut value = T::zeroed();
-    value
-        .as_mut_slice()
-        .copy_from_slice(&bytes[..size_of::<T>()]);
-    value
-}
 
 #[test]
 fn a_file_is_read_and_written() {
@@ -238,12 +137,250 @@ fn a_corrupt_queue_asks_for_a_reset_of_the_device() {
 }
 
 #[test]
-fn the_configuration_is_the_tag_and_one_queue() {
+fn the_configuration_is_the_tag_and_a_queue_for_each_processor() {
     let client = Client::start(true);
     let mut config = [1; 44];
     client.device.read_config(0, &mut config);
     assert_eq!(&config[..8], b"walnut\0\0");
-    assert_eq!(&config[32..], &[0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+    assert_eq!(&config[32..], &[0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0]);
+    let many = ShareServer::before_jail("/")
+        .unwrap()
+        .after_jail(false, None);
+    let many = FileSystem::new("many", many.unwrap(), 64);
+    assert_eq!(many.queue_max_sizes(), [128, 512, 512, 512, 512]);
+    assert_eq!(many.shared_region(0), None);
+    assert_eq!(client.device.shared_region(0), Some(client.window.region()));
+    assert_eq!(client.device.shared_region(1), None);
+}
+
+#[test]
+fn names_stay_in_their_directory() {
+    let mut client = Client::start(true);
+    client.init();
+    let long = "x".repeat(256);
+    for (name, error) in [
+        ("..", libc::EINVAL),
+        (".", libc::EINVAL),
+        ("", libc::EINVAL),
+        ("a/b", libc::EINVAL),
+        ("/absolute", libc::EINVAL),
+        (&long, libc::ENAMETOOLONG),
+    ] {
+        let name = format!("{name}\0");
+        let (bytes, root) = (name.as_bytes(), ROOT);
+        let two = [bytes, b"fine\0"].concat();
+        for (opcode, words, data) in [
+            (Opcode::Mkdir, vec![0o755], bytes),
+            (Opcode::Mknod, vec![0o100_644, 0], bytes),
+            (Opcode::Create, vec![0, 0], bytes),
+            (Opcode::Unlink, vec![], bytes),
+            (Opcode::Rmdir, vec![], bytes),
+            (Opcode::Symlink, vec![], &two[..]),
+            (Opcode::Rename, vec![root], &two[..]),
+        ] {
+            let result = client.raw(opcode as u32, root, &words, data);
+            assert_eq!(result, Err(error), "{opcode:?} of {name:?}");
+        }
+    }
+    let left: Vec<_> = fs::read_dir(client.share.path()).unwrap().collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+#[test]
+fn extended_attributes_are_those_of_the_very_file() {
+    let mut client = Client::start(true);
+    client.init();
+    fs::write(client.share.path().join("file"), b"x").unwrap();
+    symlink("file", client.share.path().join("link")).unwrap();
+    let (file, link) = ["file", "link"]
+        .map(|name| client.lookup(ROOT, name).unwrap().nodeid)
+        .into();
+    let set = |size: u64, data: &'static [u8]| (vec![size], data);
+    let (words, data) = set(4, b"user.name\0blue");
+    client
+        .raw(Opcode::Setxattr as u32, file, &words, data)
+        .unwrap();
+    let get = |client: &mut Client, node, size: u64| {
+        client.raw(Opcode::Getxattr as u32, node, &[size], b"user.name\0")
+    };
+    assert_eq!(get(&mut client, file, 100), Ok(b"blue".to_vec()));
+    assert_eq!(get(&mut client, file, 0), Ok(vec![4, 0, 0, 0, 0, 0, 0, 0]));
+    assert_eq!(get(&mut client, file, 3), Err(libc::ERANGE));
+    assert_eq!(
+        get(&mut client, file, u32::MAX.into()),
+        Ok(b"blue".to_vec())
+    );
+    assert_eq!(get(&mut client, link, 100), Err(libc::ENODATA));
+    assert_eq!(get(&mut client, 12345, 100), Err(libc::ESTALE));
+    let list = client.raw(Opcode::Listxattr as u32, file, &[100], &[]);
+    assert!(list.unwrap().windows(10).any(|name| name == b"user.name\0"));
+    let long = [&[b'u'; 300][..], b"\0"].concat();
+    let removed = client.raw(Opcode::Removexattr as u32, file, &[], &long);
+    assert!(removed.is_err());
+    client
+        .raw(Opcode::Removexattr as u32, file, &[], b"user.name\0")
+        .unwrap();
+    assert_eq!(get(&mut client, file, 100), Err(libc::ENODATA));
+}
+
+#[test]
+fn a_directory_lists_itself_and_hides_its_parent() {
+    let mut client = Client::start(true);
+    client.init();
+    fs::write(client.share.path().join("file"), b"x").unwrap();
+    let own = fs::metadata(client.share.path()).unwrap().ino();
+    let opened = client.raw(Opcode::Opendir as u32, ROOT, &[0], &[]).unwrap();
+    let handle: OpenOut = take(&opened);
+    let mut names = Vec::new();
+    let mut entries = &client
+        .raw(
+            Opcode::Readdir as u32,
+            ROOT,
+            &[handle.fh, 0, 4096, 0, 0],
+            &[],
+        )
+        .unwrap()[..];
+    while !entries.is_empty() {
+        let entry: Dirent = take(entries);
+        let name = &entries[24..24 + usize::try_from(entry.namelen).unwrap()];
+        names.push((String::from_utf8(name.to_vec()).unwrap(), entry.ino == own));
+        entries = &entries[(24 + name.len()).next_multiple_of(8)..];
+    }
+    names.sort();
+    let expected = [(".", true), ("..", true), ("file", false)];
+    assert_eq!(names, expected.map(|(name, own)| (name.to_owned(), own)));
+}
+
+#[test]
+fn a_handle_is_good_for_its_own_file() {
+    let mut client = Client::start(true);
+    client.init();
+    for name in ["one", "two"] {
+        fs::write(client.share.path().join(name), name).unwrap();
+    }
+    let (one, two) = ["one", "two"]
+        .map(|name| client.lookup(ROOT, name).unwrap().nodeid)
+        .into();
+    let handle = client.open(one, libc::O_RDWR).unwrap();
+    let read = |handle, node| (Opcode::Read as u32, node, [handle, 0, 16, 0, 0]);
+    for (handle, node, result) in [
+        (handle, one, Ok(b"one".to_vec())),
+        (handle, two, Err(libc::EBADF)),
+        (handle + 1, one, Err(libc::EBADF)),
+    ] {
+        let (opcode, node, words) = read(handle, node);
+        assert_eq!(client.raw(opcode, node, &words, &[]), result);
+    }
+    // COPY_FILE_RANGE, to the end of itself; then to a handle that isn't there, and with a flag that isn't.
+    assert_eq!(
+        client.raw(47, one, &[handle, 0, one, handle, 3, u64::MAX, 0], &[]),
+        Ok(vec![3, 0, 0, 0, 0, 0, 0, 0])
+    );
+    assert_eq!(
+        fs::read(client.share.path().join("one")).unwrap(),
+        b"oneone"
+    );
+    assert_eq!(
+        client.raw(47, one, &[handle, 0, two, handle, 0, 1, 0], &[]),
+        Err(libc::EBADF)
+    );
+    assert_eq!(
+        client.raw(47, one, &[handle, 0, one, handle, 0, 1, 1], &[]),
+        Err(libc::EINVAL)
+    );
+    // TMPFILE in a directory, and in what is none.
+    let flags = u64::from(libc::O_RDWR.unsigned_abs()) | 0o600 << 32;
+    let made = client.raw(51, ROOT, &[flags, 0], b"name\0").unwrap();
+    assert_eq!(take::<EntryOut>(&made).attr.nlink, 0);
+    assert_eq!(
+        client.raw(51, one, &[flags, 0], b"name\0"),
+        Err(libc::ENOTDIR)
+    );
+}
+
+/// Whether a file of the share is mapped in this process.
+fn mapped(client: &Client) -> bool {
+    let maps = fs::read_to_string("/proc/self/maps").unwrap();
+    maps.contains(client.share.path().to_str().unwrap())
+}
+
+#[test]
+fn files_are_mapped_within_the_window_until_a_reset() {
+    let mut client = Client::start(true);
+    client.init();
+    fs::write(client.share.path().join("file"), [7; 8192]).unwrap();
+    mknodat(
+        CWD,
+        client.share.path().join("fifo"),
+        FileType::Fifo,
+        Mode::RUSR,
+        0,
+    )
+    .unwrap();
+    let (file, fifo) = ["file", "fifo"]
+        .map(|name| client.lookup(ROOT, name).unwrap().nodeid)
+        .into();
+    let (setup, remove) = (Opcode::SetupMapping as u32, Opcode::RemoveMapping as u32);
+    let bad = [
+        (0, 4096, 4 << 20),
+        (0, 8192, (4 << 20) - 4096),
+        (1, 4096, 0),
+        (0, u64::MAX, 4096),
+    ];
+    for (offset, bytes, at) in bad {
+        assert_eq!(
+            client.raw(setup, file, &[0, offset, bytes, 3, at], &[]),
+            Err(libc::EINVAL)
+        );
+    }
+    assert_eq!(
+        client.raw(setup, fifo, &[0, 0, 4096, 3, 0], &[]),
+        Err(libc::EBADF)
+    );
+    assert!(!mapped(&client));
+    client
+        .raw(setup, file, &[0, 0, 8192, 3, 4096], &[])
+        .unwrap();
+    assert!(mapped(&client));
+    let one = |at: u64, bytes: u64| {
+        [
+            &1u32.to_le_bytes()[..],
+            &at.to_le_bytes(),
+            &bytes.to_le_bytes(),
+        ]
+        .concat()
+    };
+    assert_eq!(
+        client.raw(remove, file, &[], &one(4 << 20, 4096)),
+        Err(libc::EINVAL)
+    );
+    client.raw(remove, file, &[], &one(4096, 4096)).unwrap();
+    assert!(mapped(&client));
+    client.raw(remove, file, &[], &one(0, u64::MAX)).unwrap();
+    assert!(!mapped(&client));
+    client
+        .raw(setup, file, &[0, 4096, 4096, 2, 0], &[])
+        .unwrap();
+    client.device.reset();
+    assert!(!mapped(&client));
+}
+
+#[test]
+fn what_would_take_all_descriptors_is_refused() {
+    let inodes = super::table::Inodes::new(256 + 4);
+    let open = |path: &str| {
+        let path = rustix::fs::open(path, rustix::fs::OFlags::PATH, Mode::empty()).unwrap();
+        let status = super::table::status(&path).unwrap();
+        (path, status)
+    };
+    inodes.start(open("/").0).unwrap();
+    let (path, status) = open("/proc");
+    let node = inodes.look_up(path, &status).unwrap();
+    let (path, status) = open("/sys");
+    assert_eq!(inodes.look_up(path, &status), Err(rustix::io::Errno::NFILE));
+    inodes.forget(node, u64::MAX);
+    let (path, status) = open("/sys");
+    assert_eq!(inodes.look_up(path, &status), Ok(node + 1));
 }
 
 /// A piece of a chain: an address and a length, whatever they say.

@@ -156,18 +156,12 @@ impl VirtioDevice for MemoryDevice {
         super::read_config_space(&fields.map(u64::to_le_bytes).concat(), offset, data);
     }
 
-    fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
-        let active = activation.queues.pop().flatten();
-        let active = active.ok_or(ActivateError::MissingQueue { index: 0 })?;
-        let control = self.control.clone();
-        let interrupt = activation.interrupt.clone();
-        let worker = Worker::spawn("mem", move |stop| {
-            let memory = &activation.memory;
-            queue::serve(active, memory, &activation.interrupt, &stop, |chain| {
-                answer(memory, chain, &control)
-            });
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        let (control, interrupt) = (self.control.clone(), activation.interrupt.clone());
+        let worker = queue::spawn("mem", 0, activation, move |memory, chain| {
+            answer(memory, chain, &control)
         });
-        self.worker = Some(worker.map_err(ActivateError::Thread)?);
+        self.worker = Some(worker?);
         self.control.state().interrupt = Some(interrupt);
         Ok(())
     }

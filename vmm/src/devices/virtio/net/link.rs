@@ -1,20 +1,15 @@
-//! What all threads of one network device share: the tap's queues, how many pairs the driver uses, whether the tap
-//! is still there, and the rates. Must not touch guest memory.
+//! What all threads of one network device share: the tap's queues, how many pairs the driver uses, and whether the
+//! tap is still there. Must not touch guest memory.
 
 use super::{
     tap::Tap,
     vhost::{Backend, VhostError},
 };
-use crate::devices::virtio::{Activation, ActiveQueue, rate_limit::RateLimiter};
+use crate::devices::virtio::{Activation, ActiveQueue};
 use std::{
     io,
-    os::fd::{AsRawFd, RawFd},
-    sync::{
-        Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
-    },
+    sync::atomic::{AtomicBool, AtomicUsize, Ordering},
 };
-use walnut_vmm_api::RateLimit;
 
 /// The wire between guest and host.
 #[derive(Debug)]
@@ -25,27 +20,16 @@ pub(super) struct Link {
     /// Pairs that the driver uses: the host puts packets into the first so many queues of the tap.
     pairs: AtomicUsize,
     up: AtomicBool,
-    /// What the guest may receive.
-    pub(super) receive_rate: Option<Rate>,
-    /// What the guest may send.
-    pub(super) transmit_rate: Option<Rate>,
 }
 
 impl Link {
     /// A link that is up, by these queues of one tap, the first of which is used.
-    pub(super) fn new(
-        taps: Vec<Tap>,
-        backends: Vec<Backend>,
-        receive_rate: Option<Rate>,
-        transmit_rate: Option<Rate>,
-    ) -> io::Result<Self> {
+    pub(super) fn new(taps: Vec<Tap>, backends: Vec<Backend>) -> io::Result<Self> {
         let link = Self {
             pairs: AtomicUsize::new(taps.len()),
             taps,
             backends,
             up: AtomicBool::new(true),
-            receive_rate,
-            transmit_rate,
         };
         link.set_pairs(1)?;
         Ok(link)
@@ -136,50 +120,5 @@ impl Link {
     /// The tap is gone. Whether that is news.
     pub(super) fn take_down(&self) -> bool {
         self.up.swap(false, Ordering::SeqCst)
-    }
-}
-
-/// A limit that all pairs keep together. Where it is closed, each waits for its timer, which is readable until it is
-/// set again.
-#[derive(Debug)]
-pub(super) struct Rate {
-    limiter: Mutex<RateLimiter>,
-    timer: RawFd,
-}
-
-impl Rate {
-    /// Full buckets; `None` for no limit.
-    pub(super) fn new(config: Option<RateLimit>) -> io::Result<Option<Self>> {
-        let Some(config) = config else {
-            return Ok(None);
-        };
-        let limiter = RateLimiter::new(Some(config))?;
-        Ok(Some(Self {
-            timer: limiter.as_raw_fd(),
-            limiter: Mutex::new(limiter),
-        }))
-    }
-
-    fn limiter(&self) -> MutexGuard<'_, RateLimiter> {
-        // A thread that panicked has ended the process already: the lock's poison says nothing.
-        self.limiter.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Whether one more packet may pass now; otherwise the timer is set.
-    pub(super) fn is_open(&self) -> io::Result<bool> {
-        self.limiter().is_open()
-    }
-
-    /// A packet of `bytes` passed.
-    pub(super) fn take(&self, bytes: usize) {
-        self.limiter()
-            .take(u64::try_from(bytes).unwrap_or(u64::MAX));
-    }
-}
-
-impl AsRawFd for Rate {
-    /// The timer, which lives as long as the limiter.
-    fn as_raw_fd(&self) -> RawFd {
-        self.timer
     }
 }

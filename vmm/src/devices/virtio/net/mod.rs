@@ -18,16 +18,13 @@ mod vhost;
 mod worker;
 
 use self::{
-    control::Command,
-    link::{Link, Rate},
-    receive::Receiver,
-    ring::Ring,
-    tap::Tap,
-    transmit::Transmitter,
-    vhost::Backend,
-    worker::Pair,
+    control::Command, link::Link, receive::Receiver, ring::Ring, tap::Tap, transmit::Transmitter,
+    vhost::Backend, worker::Pair,
 };
-use super::{ActivateError, Activation, ActiveQueue, DeviceType, VirtioDevice, queue};
+use super::{
+    ActivateError, Activation, ActiveQueue, DeviceType, VirtioDevice, queue,
+    rate_limit::RateLimiter,
+};
 use crate::event_loop::Worker;
 use std::{io, os::fd::OwnedFd, sync::Arc};
 use virtio_bindings::virtio_net::{VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF};
@@ -86,6 +83,8 @@ enum Wait {
 pub struct Network {
     config: NetworkConfig,
     link: Arc<Link>,
+    /// How much the guest may receive, and send: all pairs together.
+    limits: [Option<RateLimiter>; 2],
     features: u64,
     queue_sizes: Vec<u16>,
     threads: Vec<Worker>,
@@ -112,15 +111,21 @@ impl Network {
         Self::with_taps(config, taps, backends)
     }
 
+    /// A device whose tap is a datagram socket, for fuzzers.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(crate) fn of_socket(config: &NetworkConfig, socket: OwnedFd) -> Result<Self, NetError> {
+        Self::with_taps(config, vec![Tap::of_socket(socket)], Vec::new())
+    }
+
     fn with_taps(
         config: &NetworkConfig,
         taps: Vec<Tap>,
         backends: Vec<Backend>,
     ) -> Result<Self, NetError> {
-        let receive_rate = Rate::new(config.receive_rate).map_err(NetError::Rate)?;
-        let transmit_rate = Rate::new(config.transmit_rate).map_err(NetError::Rate)?;
-        let link = Link::new(taps, backends, receive_rate, transmit_rate);
-        let link = link.map_err(NetError::Queues)?;
+        let limit = |rate: Option<_>| rate.map(|rate| RateLimiter::new(Some(rate))).transpose();
+        let receive = limit(config.receive_rate).map_err(NetError::Rate)?;
+        let transmit = limit(config.transmit_rate).map_err(NetError::Rate)?;
+        let link = Link::new(taps, backends).map_err(NetError::Queues)?;
         // A host that cannot segment UDP refuses this, and nothing changes.
         let uso = link.set_offloads(features::TUN_CSUM | features::TUN_USO);
         // What was possible before is possible again.
@@ -131,6 +136,7 @@ impl Network {
         Ok(Self {
             config: config.clone(),
             link: Arc::new(link),
+            limits: [receive, transmit],
             features: features::offered(pairs, uso.is_ok()),
             queue_sizes,
             threads: Vec::new(),
@@ -147,14 +153,18 @@ impl Network {
         let (link, features) = (self.link.clone(), activation.features);
         let mergeable = features::has(features, VIRTIO_NET_F_MRG_RXBUF);
         let largest = features::largest_packet(features, self.config.mtu);
+        let share =
+            |limit: &Option<RateLimiter>| limit.as_ref().map(RateLimiter::share).transpose();
+        let limits = [share(&self.limits[0])?, share(&self.limits[1])?];
         let thread = Worker::spawn("net", move |stop| {
+            let [receive_limit, transmit_limit] = limits;
             let receive = Ring::new(receive);
             let pair = Pair {
                 index,
                 link: &link,
                 interrupt: &interrupt,
-                receiver: Receiver::new(&memory, receive, mergeable, largest),
-                transmitter: Transmitter::new(&memory, Ring::new(transmit)),
+                receiver: Receiver::new(&memory, receive, receive_limit, mergeable, largest),
+                transmitter: Transmitter::new(&memory, Ring::new(transmit), transmit_limit),
             };
             pair.run(&stop);
         })?;

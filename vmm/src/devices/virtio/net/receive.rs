@@ -10,7 +10,7 @@ use super::{
     ring::Ring,
     worker::WorkerError,
 };
-use crate::devices::virtio::Interrupt;
+use crate::devices::virtio::{Interrupt, rate_limit::RateLimiter};
 use std::{collections::VecDeque, io};
 use vm_memory::GuestMemoryMmap;
 
@@ -30,6 +30,8 @@ enum Gathered {
 pub(super) struct Receiver<'m> {
     memory: &'m GuestMemoryMmap,
     pub(super) ring: Ring,
+    /// How much the guest may receive.
+    pub(super) limiter: Option<RateLimiter>,
     /// Whether a packet may fill several buffers.
     mergeable: bool,
     /// Bytes of the largest packet that may come.
@@ -47,12 +49,14 @@ impl<'m> Receiver<'m> {
     pub(super) fn new(
         memory: &'m GuestMemoryMmap,
         ring: Ring,
+        limiter: Option<RateLimiter>,
         mergeable: bool,
         largest: usize,
     ) -> Self {
         Self {
             memory,
             ring,
+            limiter,
             mergeable,
             largest,
             buffers: VecDeque::new(),
@@ -77,8 +81,8 @@ impl<'m> Receiver<'m> {
         };
         self.ring.hush(self.memory)?;
         for _ in 0..ROUND_PACKETS {
-            if let Some(rate) = &link.receive_rate
-                && !rate.is_open()?
+            if let Some(limiter) = &mut self.limiter
+                && !limiter.is_open()?
             {
                 return Ok(Wait::Rate);
             }
@@ -93,8 +97,8 @@ impl<'m> Receiver<'m> {
                 Ok(bytes) if bytes < HEADER_BYTES => {}
                 Ok(bytes) => {
                     self.deliver(bytes, interrupt)?;
-                    if let Some(rate) = &link.receive_rate {
-                        rate.take(bytes - HEADER_BYTES);
+                    if let Some(limiter) = &mut self.limiter {
+                        limiter.take((bytes - HEADER_BYTES) as u64);
                     }
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Wait::Tap),

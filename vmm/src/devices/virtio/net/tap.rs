@@ -99,7 +99,7 @@ impl Tap {
     }
 
     /// A datagram socket in its place.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fuzzing"))]
     pub(super) fn of_socket(fd: OwnedFd) -> Self {
         Self(fd)
     }

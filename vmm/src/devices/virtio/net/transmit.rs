@@ -10,7 +10,7 @@ use super::{
     ring::Ring,
     worker::WorkerError,
 };
-use crate::devices::virtio::Interrupt;
+use crate::devices::virtio::{Interrupt, rate_limit::RateLimiter};
 use std::io;
 use vm_memory::GuestMemoryMmap;
 
@@ -21,15 +21,22 @@ const ROUND_PACKETS: usize = 64;
 pub(super) struct Transmitter<'m> {
     memory: &'m GuestMemoryMmap,
     pub(super) ring: Ring,
+    /// How much the guest may send.
+    pub(super) limiter: Option<RateLimiter>,
     /// Scratch: the pieces of a packet.
     pieces: Vec<Piece<'m>>,
 }
 
 impl<'m> Transmitter<'m> {
-    pub(super) fn new(memory: &'m GuestMemoryMmap, ring: Ring) -> Self {
+    pub(super) fn new(
+        memory: &'m GuestMemoryMmap,
+        ring: Ring,
+        limiter: Option<RateLimiter>,
+    ) -> Self {
         Self {
             memory,
             ring,
+            limiter,
             pieces: Vec::new(),
         }
     }
@@ -43,8 +50,8 @@ impl<'m> Transmitter<'m> {
     ) -> Result<Wait, WorkerError> {
         self.ring.hush(self.memory)?;
         for _ in 0..ROUND_PACKETS {
-            if let Some(rate) = &link.transmit_rate
-                && !rate.is_open()?
+            if let Some(limiter) = &mut self.limiter
+                && !limiter.is_open()?
             {
                 return Ok(Wait::Rate);
             }
@@ -63,8 +70,8 @@ impl<'m> Transmitter<'m> {
                     return Ok(Wait::Tap);
                 }
                 // Any other error is about this packet, or the link is down: it is lost.
-                if let Some(rate) = &link.transmit_rate {
-                    rate.take(bytes - HEADER_BYTES);
+                if let Some(limiter) = &mut self.limiter {
+                    limiter.take((bytes - HEADER_BYTES) as u64);
                 }
             }
             self.ring.publish(self.memory, &[Used { head, bytes: 0 }])?;

@@ -143,10 +143,10 @@ impl Pair<'_> {
                 | wanted(transmit, Wait::Tap, EventSet::OUT);
             tap.set(poll, queue, events)?;
         }
-        let limits = [&self.link.receive_rate, &self.link.transmit_rate];
+        let limits = [&self.receiver.limiter, &self.transmitter.limiter];
         for ((interest, limit), wait) in rates.iter_mut().zip(limits).zip([receive, transmit]) {
-            if let Some(rate) = limit {
-                interest.set(poll, rate, wanted(wait, Wait::Rate, EventSet::IN))?;
+            if let Some(limiter) = limit {
+                interest.set(poll, limiter, wanted(wait, Wait::Rate, EventSet::IN))?;
             }
         }
         for (wait, ring) in [

@@ -5,11 +5,11 @@
 
 use super::packet::{Credit, Header, Op, Packet, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
 
-/// Bytes that the guest may send before the host program has taken any, for each connection.
+/// Bytes that the guest may send before the host program has taken any, for each connection at the most.
 pub(super) const BUFFER_BYTES: u32 = 256 * 1024;
-/// The guest is told of free space when this much of it is news. A writer that waits for space is always
+/// The guest is told of free space when this part of the buffer is news. A writer that waits for space is always
 /// woken, because the news reach this size before the buffer is empty.
-const CREDIT_NEWS_BYTES: u32 = BUFFER_BYTES / 4;
+const CREDIT_NEWS_PART: u32 = 4;
 
 /// Where a connection stands. The end of a connection is its removal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -80,6 +80,8 @@ pub(super) struct Connection {
     guest_cid: u64,
     guest_port: u32,
     host_port: u32,
+    /// Bytes that the guest may send before the host program has taken any.
+    buffer_bytes: u32,
     state: State,
     /// Directions that the host program ended: SHUTDOWN bits, seen from the host.
     host_ended: u32,
@@ -102,12 +104,13 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    /// A connection that the guest is yet to be asked for.
-    pub(super) fn new(guest_cid: u64, guest_port: u32, host_port: u32) -> Self {
+    /// A connection that the guest is yet to be asked for, with a buffer of [`BUFFER_BYTES`] or fewer.
+    pub(super) fn new(guest_cid: u64, guest_port: u32, host_port: u32, buffer_bytes: u32) -> Self {
         Self {
             guest_cid,
             guest_port,
             host_port,
+            buffer_bytes: buffer_bytes.min(BUFFER_BYTES),
             state: State::Wanted,
             host_ended: 0,
             told_ended: 0,
@@ -125,6 +128,11 @@ impl Connection {
     /// Whether a packet from this port of the guest belongs to the connection.
     pub(super) fn is_with(&self, guest_port: u32) -> bool {
         self.guest_port == guest_port
+    }
+
+    /// Whether the guest has heard of the connection.
+    pub(super) fn is_known(&self) -> bool {
+        self.state != State::Wanted
     }
 
     /// Whether the guest has accepted.
@@ -163,7 +171,7 @@ impl Connection {
         let fits = self
             .buffered()
             .checked_add(len)
-            .is_some_and(|total| total <= BUFFER_BYTES);
+            .is_some_and(|total| total <= self.buffer_bytes);
         if !fits || self.guest_ended & SHUTDOWN_SEND != 0 {
             return Effect::Violation;
         }
@@ -256,7 +264,7 @@ impl Connection {
     fn has_credit_news(&self) -> bool {
         self.guest_ended & SHUTDOWN_SEND == 0
             && self.host_ended & SHUTDOWN_RECEIVE == 0
-            && self.forwarded.wrapping_sub(self.reported) >= CREDIT_NEWS_BYTES
+            && self.forwarded.wrapping_sub(self.reported) >= self.buffer_bytes / CREDIT_NEWS_PART
     }
 
     /// The next packet without payload that is due to the guest.
@@ -308,7 +316,7 @@ impl Connection {
         self.answer = Answer::NotAsked;
         Header {
             credit: Credit {
-                buf_alloc: BUFFER_BYTES,
+                buf_alloc: self.buffer_bytes,
                 fwd_cnt: self.forwarded,
             },
             ..Header::to_guest(self.guest_cid, self.host_port, self.guest_port, op)
@@ -321,6 +329,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    const CREDIT_NEWS_BYTES: u32 = BUFFER_BYTES / CREDIT_NEWS_PART;
     const GUEST_BUFFER: u32 = 1000;
 
     fn packet(op: Op) -> Packet {
@@ -352,7 +361,7 @@ mod tests {
     }
 
     fn established() -> Connection {
-        let mut connection = Connection::new(3, 1024, 7);
+        let mut connection = Connection::new(3, 1024, 7, BUFFER_BYTES);
         assert_eq!(connection.next_control().unwrap().op, 1);
         assert_eq!(connection.receive(&packet(Op::Response)), Effect::Establish);
         connection
@@ -360,7 +369,7 @@ mod tests {
 
     #[test]
     fn an_answer_before_the_question_is_a_violation() {
-        let mut connection = Connection::new(3, 1024, 7);
+        let mut connection = Connection::new(3, 1024, 7, BUFFER_BYTES);
         assert_eq!(connection.receive(&packet(Op::Response)), Effect::Violation);
     }
 

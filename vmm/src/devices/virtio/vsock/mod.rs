@@ -6,6 +6,8 @@
 //! its socket) and `handshake`, `connection` (states and credit, no I/O), `packet` (bytes to headers).
 
 mod connection;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzz;
 mod handshake;
 mod muxer;
 mod packet;

@@ -25,7 +25,11 @@ use vmm_sys_util::{
 use walnut_vmm_api::{READY_PORT, ok_line};
 
 /// Sockets of host programs at the most.
-const MAX_PEERS: usize = 1024;
+pub(super) const MAX_PEERS: usize = 4096;
+/// Host programs that get a whole buffer; those above it get [`SMALL_BUFFER_BYTES`], so that a guest which sends
+/// to programs that don't read holds 94 MiB of the host's memory at the most.
+const FEW_PEERS: usize = 128;
+const SMALL_BUFFER_BYTES: u32 = 16 * 1024;
 /// Host programs at the most that have not finished their handshake.
 const MAX_HANDSHAKES: usize = 64;
 /// How long a host program may take for its handshake line.
@@ -196,7 +200,11 @@ impl Muxer {
             return;
         };
         self.handshakes -= 1;
-        let connection = Connection::new(self.guest_cid, guest_port, port);
+        let buffer_bytes = match self.peers.len() {
+            0..FEW_PEERS => BUFFER_BYTES,
+            _ => SMALL_BUFFER_BYTES,
+        };
+        let connection = Connection::new(self.guest_cid, guest_port, port, buffer_bytes);
         let stream = Stream::new(handshake.into_socket(), connection);
         self.peers.insert(
             port,
@@ -267,9 +275,12 @@ impl Muxer {
         self.resets.push_back(reset);
     }
 
-    /// Ends a connection at once, on both sides.
+    /// Ends a connection at once, on both sides. A guest that has not heard of it need not hear of its end: one that
+    /// takes no packets would make the host keep them.
     fn reset(&mut self, port: u32) {
-        if let Some(Stage::Stream(stream)) = self.peers.get_mut(&port).map(|peer| &mut peer.stage) {
+        if let Some(Stage::Stream(stream)) = self.peers.get_mut(&port).map(|peer| &mut peer.stage)
+            && stream.connection.is_known()
+        {
             let reset = stream.connection.reset();
             self.resets.push_back(reset);
         }
@@ -299,10 +310,14 @@ impl Muxer {
 
     /// Forgets a peer. Closing the only descriptor of its socket also ends epoll's interest.
     fn remove(&mut self, port: u32) {
-        if let Some(peer) = self.peers.remove(&port)
-            && let Stage::Handshake(_) = peer.stage
-        {
+        let Some(peer) = self.peers.remove(&port) else {
+            return;
+        };
+        if let Stage::Handshake(_) = peer.stage {
             self.handshakes -= 1;
+        }
+        if peer.turn == Turn::InLine {
+            self.line.retain(|other| *other != port);
         }
     }
 
@@ -453,4 +468,35 @@ fn copy(
         left -= piece;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixStream;
+    use vmm_sys_util::eventfd::EFD_NONBLOCK;
+    use walnut_vmm_api::connect_line;
+
+    #[test]
+    fn programs_that_come_and_go_leave_nothing_with_a_guest_that_takes_nothing() {
+        use std::io::Write;
+        let directory = tempfile::TempDir::new().unwrap();
+        let listener = UnixListener::bind(directory.path().join("s")).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let epoll = Arc::new(Epoll::new().unwrap());
+        let ready = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
+        let mut muxer = Muxer::new(3, epoll, Arc::new(listener), ready).unwrap();
+        for _ in 0..300 {
+            let mut program = UnixStream::connect(directory.path().join("s")).unwrap();
+            program.write_all(connect_line(1024).as_bytes()).unwrap();
+            muxer.accept();
+            let port = *muxer.peers.keys().next().unwrap();
+            muxer.socket_event(port, EventSet::IN);
+            assert!(muxer.has_outgoing());
+            muxer.socket_event(port, EventSet::HANG_UP);
+            muxer.sync().unwrap();
+        }
+        assert_eq!((muxer.peers.len(), muxer.handshakes), (0, 0));
+        assert_eq!((muxer.line.len(), muxer.resets.len()), (0, 0));
+    }
 }

@@ -1,6 +1,7 @@
 //! The device against a driver that plays the guest.
 
 mod guest;
+mod scale;
 
 use self::guest::*;
 use super::{
