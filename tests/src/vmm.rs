@@ -65,6 +65,7 @@ pub struct VmBuilder {
     max_memory_mib: Option<u32>,
     vsock: bool,
     share: Option<fn(&mut ShareConfig)>,
+    shared_directory: Option<PathBuf>,
     disks: Vec<(PathBuf, DiskConfig)>,
     pmems: Vec<(PathBuf, bool)>,
     networks: Vec<Network>,
@@ -104,6 +105,7 @@ impl VmBuilder {
             max_memory_mib: None,
             vsock: false,
             share: None,
+            shared_directory: None,
             disks: Vec::new(),
             pmems: Vec::new(),
             networks: Vec::new(),
@@ -229,6 +231,21 @@ impl VmBuilder {
     #[must_use]
     pub fn share(mut self, change: fn(&mut ShareConfig)) -> Self {
         self.share = Some(change);
+        self
+    }
+
+    /// Adds a socket device.
+    #[must_use]
+    pub fn vsock(mut self) -> Self {
+        self.vsock = true;
+        self
+    }
+
+    /// Shares this directory with the guest.
+    #[must_use]
+    pub fn share_of(mut self, directory: &Path) -> Self {
+        self.shared_directory = Some(directory.to_owned());
+        self.share = Some(|_| {});
         self
     }
 
@@ -385,10 +402,18 @@ impl Vm {
         })
     }
 
-    fn share(&mut self, fds: &mut FdArray, change: fn(&mut ShareConfig)) -> Result<ShareConfig> {
+    fn share(
+        &mut self,
+        source: Option<&Path>,
+        fds: &mut FdArray,
+        change: fn(&mut ShareConfig),
+    ) -> Result<ShareConfig> {
         let path = self.share_path();
         fs::create_dir(&path).context("cannot make the share")?;
-        self.share = Some(BindMount::shared(&path)?);
+        self.share = Some(match source {
+            Some(directory) => BindMount::new(directory, &path)?,
+            None => BindMount::shared(&path)?,
+        });
         let directory = rustix::fs::open(
             &path,
             OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,

@@ -1,6 +1,6 @@
 //! A guest's console as a pipe: the arrival of a line is an event.
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use std::{
     io::{BufRead, BufReader, PipeReader},
     sync::mpsc::{Receiver, RecvTimeoutError, channel},
@@ -29,20 +29,25 @@ impl Console {
         Self { lines }
     }
 
+    /// The next line and when it came.
+    pub(crate) fn next_line(&self, deadline: Deadline) -> Result<(Instant, String)> {
+        match self.lines.recv_timeout(deadline.left()) {
+            Ok(line) => Ok(line),
+            Err(RecvTimeoutError::Timeout) => bail!("no line of the guest's by the deadline"),
+            Err(RecvTimeoutError::Disconnected) => bail!("the guest ended"),
+        }
+    }
+
     /// Waits for a line that holds `word`: when it came, and what follows the word.
     pub(crate) fn wait_for(&self, word: &str) -> Result<(Instant, String)> {
         let deadline = Deadline::after(deadline::BOOT);
         let mut seen = String::new();
         loop {
-            match self.lines.recv_timeout(deadline.left()) {
-                Ok((at, line)) => match line.split_once(word) {
-                    Some((_, rest)) => return Ok((at, rest.to_owned())),
-                    None => seen.push_str(&format!("{line}\n")),
-                },
-                Err(RecvTimeoutError::Timeout) => bail!("no {word:?} by the deadline: {seen}"),
-                Err(RecvTimeoutError::Disconnected) => {
-                    bail!("the guest ended before {word:?}: {seen}")
-                }
+            let next = self.next_line(deadline);
+            let (at, line) = next.with_context(|| format!("no {word:?}, but: {seen}"))?;
+            match line.split_once(word) {
+                Some((_, rest)) => return Ok((at, rest.to_owned())),
+                None => seen.push_str(&format!("{line}\n")),
             }
         }
     }

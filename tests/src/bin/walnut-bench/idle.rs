@@ -4,17 +4,13 @@ use crate::{
     boot::{MEMORY_MIB, PROBE, REBOOT},
     console::Console,
     qemu,
+    vmm::memory::settled,
 };
 use anyhow::{Context, Result};
-use std::{
-    io::pipe,
-    process::Stdio,
-    time::{Duration, Instant},
-};
+use std::{io::pipe, process::Stdio};
 use walnut_tests::{
     ctr::{BUSYBOX, Container, Runtime},
-    deadline::{self, BOOT, Deadline},
-    memory::{self, Footprint},
+    memory,
     node::NodeConfig,
     programs::Programs,
     vmm::{CMDLINE, PROBE_WORD},
@@ -36,28 +32,12 @@ fn mib(kib: u64) -> Result<f64> {
     Ok(f64::from(u32::try_from(kib).context("terabytes")?) / 1024.0)
 }
 
-/// A guest whose RAM hasn't changed for this long has settled; it reports free pages two seconds after it
-/// has freed them.
-const SETTLED: Duration = Duration::from_secs(6);
-
-/// A VMM's memory once its guest has settled.
-fn settled(pid: i32) -> Result<Footprint> {
-    let mut seen = (memory::of_vmm(pid, MEMORY_MIB)?, Instant::now());
-    deadline::until("the guest to settle", Deadline::after(BOOT), || {
-        let now = memory::of_vmm(pid, MEMORY_MIB)?;
-        if now.guest_rss_kib != seen.0.guest_rss_kib {
-            seen = (now, Instant::now());
-        }
-        Ok((seen.1.elapsed() >= SETTLED).then_some(now))
-    })
-}
-
 /// A Pod whose only process sleeps.
 pub(crate) fn walnut() -> Result<Pod> {
     let _config = NodeConfig::write(&format!("memory_mib = {MEMORY_MIB}\n"))?;
     let container = sleeping(Runtime::Walnut)?;
     let shim = memory::of_process(container.shim()?.pid)?;
-    let vmm = settled(container.vmm()?.pid)?;
+    let vmm = settled(container.vmm()?.pid, MEMORY_MIB)?;
     Ok(Pod {
         shim: mib(shim.overhead_pss_kib)?,
         vmm: mib(vmm.overhead_pss_kib)?,

@@ -11,9 +11,10 @@ mod exits;
 mod idle;
 mod qemu;
 mod report;
+mod vmm;
 
 use anyhow::{Context, Result, bail, ensure};
-use report::{Report, Row, Samples};
+use report::{Better, Report, Row, Samples};
 use std::time::Instant;
 use walnut_tests::{
     ctr::{BUSYBOX, Runtime},
@@ -24,29 +25,49 @@ use walnut_tests::{
 const RUNS: usize = 5;
 
 fn main() -> Result<()> {
-    let runs = runs()?;
+    let (scope, runs) = arguments()?;
     let programs = Programs::find()?;
     let mut report = Report::new(runs);
     start_times(&mut report, &programs, runs)?;
     exit_counts(&mut report, &programs)?;
-    run_times(&mut report, runs)?;
-    idle_memory(&mut report, &programs)?;
+    match scope {
+        Scope::Product => {
+            run_times(&mut report, runs)?;
+            idle_memory(&mut report, &programs)?;
+        }
+        Scope::Vmm => vmm::measure(&mut report, &programs, runs)?,
+    }
     eprint!("{}", report.table());
     println!("{}", report.json());
     Ok(())
 }
 
-fn runs() -> Result<usize> {
+/// What is measured beside the boot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Scope {
+    /// Containers and idle Pods.
+    Product,
+    /// The VMM's devices.
+    Vmm,
+}
+
+fn arguments() -> Result<(Scope, usize)> {
     let words: Vec<String> = std::env::args().skip(1).collect();
-    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let mut words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let scope = if words.first() == Some(&"vmm") {
+        words.remove(0);
+        Scope::Vmm
+    } else {
+        Scope::Product
+    };
     match words[..] {
-        [] => Ok(RUNS),
+        [] => Ok((scope, RUNS)),
         ["--runs", number] => {
             let runs = number.parse().context("--runs wants a number")?;
             ensure!(runs > 0, "--runs wants a number above 0");
-            Ok(runs)
+            Ok((scope, runs))
         }
-        _ => bail!("usage: walnut-bench [--runs N]"),
+        _ => bail!("usage: walnut-bench [vmm] [--runs N]"),
     }
 }
 
@@ -73,6 +94,7 @@ fn start_times(report: &mut Report, programs: &Programs, runs: usize) -> Result<
             unit: "ms",
             walnut: Samples::of(ours.iter().map(figure)),
             other: Some(("QEMU microvm", Samples::of(theirs.iter().map(figure)))),
+            better: Better::Less,
             aim_ratio: aim,
             aim_most: None,
         });
@@ -89,6 +111,7 @@ fn exit_counts(report: &mut Report, programs: &Programs) -> Result<()> {
         unit: "exits",
         walnut: Samples::of([ours]),
         other: Some(("QEMU microvm", Samples::of([theirs]))),
+        better: Better::Less,
         aim_ratio: None,
         aim_most: None,
     });
@@ -102,6 +125,7 @@ fn exit_counts(report: &mut Report, programs: &Programs) -> Result<()> {
             unit: "exits",
             walnut: Samples::of([exits]),
             other: None,
+            better: Better::Less,
             aim_ratio: None,
             aim_most: None,
         });
@@ -133,6 +157,7 @@ fn run_times(report: &mut Report, runs: usize) -> Result<()> {
         unit: "ms",
         walnut: Samples::of(walnut),
         other: Some(("runc", Samples::of(runc))),
+        better: Better::Less,
         aim_ratio: None,
         aim_most: None,
     });
@@ -176,6 +201,7 @@ fn idle_memory(report: &mut Report, programs: &Programs) -> Result<()> {
             unit: "MiB",
             walnut: Samples::of([ours]),
             other: other.map(|(name, figure)| (name, Samples::of([figure]))),
+            better: Better::Less,
             aim_ratio: None,
             aim_most,
         });

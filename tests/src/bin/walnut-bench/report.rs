@@ -24,6 +24,15 @@ impl Samples {
     }
 }
 
+/// Which of two figures is the better one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Better {
+    /// Times, counts, memory.
+    Less,
+    /// Throughputs.
+    More,
+}
+
 /// One figure of Walnut's and, where there is one, of another's.
 #[derive(Debug)]
 pub(crate) struct Row {
@@ -31,7 +40,8 @@ pub(crate) struct Row {
     pub(crate) unit: &'static str,
     pub(crate) walnut: Samples,
     pub(crate) other: Option<(&'static str, Samples)>,
-    /// Walnut's figure shall be at most this many times the other's.
+    pub(crate) better: Better,
+    /// Walnut's figure shall be at most this many times the other's, or at least where more is better.
     pub(crate) aim_ratio: Option<f64>,
     /// Walnut's figure shall be at most this.
     pub(crate) aim_most: Option<f64>,
@@ -46,7 +56,10 @@ impl Row {
     /// The aim and whether it was reached.
     fn aim(&self) -> Option<(String, bool)> {
         if let (Some(aim), Some(ratio)) = (self.aim_ratio, self.ratio()) {
-            return Some((format!("ratio <= {aim}"), ratio <= aim));
+            return Some(match self.better {
+                Better::Less => (format!("ratio <= {aim:.2}"), ratio <= aim),
+                Better::More => (format!("ratio >= {aim:.2}"), ratio >= aim),
+            });
         }
         let aim = self.aim_most?;
         Some((
@@ -101,7 +114,7 @@ impl Report {
 
     pub(crate) fn table(&self) -> String {
         let mut table = format!(
-            "\n{:<34} {:>14} {:>14} {:>7}  {}\n",
+            "\n{:<38} {:>14} {:>14} {:>7}  {}\n",
             "median", "walnut", "other", "ratio", ""
         );
         for row in &self.rows {
@@ -123,7 +136,7 @@ impl Report {
             // Writing to a String cannot fail.
             let _ = writeln!(
                 table,
-                "{:<34} {:>14} {other:>14} {:>7}  {}",
+                "{:<38} {:>14} {other:>14} {:>7}  {}",
                 row.what,
                 figure(&row.walnut),
                 ratio.unwrap_or_default(),
