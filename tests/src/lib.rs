@@ -24,4 +24,5 @@ pub mod requirement;
 pub mod shell;
 pub mod story;
 pub mod task;
+pub mod vm_builder;
 pub mod vmm;

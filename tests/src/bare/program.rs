@@ -48,6 +48,9 @@ const LARGE: u64 = 0x83;
 
 global_asm!(
     ".pushsection .rodata.walnut_bare, \"a\", @progbits",
+    // The compiler may put what refers to them into another object than this.
+    ".globl walnut_bare_start, walnut_bare_end",
+    ".hidden walnut_bare_start, walnut_bare_end",
     "walnut_bare_start:",
     ".code32",
     "mov eax, {root}",
