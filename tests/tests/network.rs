@@ -42,9 +42,12 @@ END
     socat -b 65507 UDP4-RECVFROM:1003,fork PIPE &
     echo guest-is-up; sleep 100000";
 
-/// A command for so many bytes: numbered lines, again and again.
+/// A command for at least so many bytes: numbered lines, again and again. Nothing cuts them off: who writes to a reader
+/// that is gone may go on for ever where SIGPIPE is ignored.
 fn data(bytes: u64) -> String {
-    format!("(yes \"$(seq 1 20000)\" || :) | head -c {bytes}")
+    // 20,000 lines have more than 100,000 bytes.
+    let rounds = bytes / 100_000 + 1;
+    format!("lines=\"$(seq 1 20000)\"; for i in $(seq {rounds}); do echo \"$lines\"; done")
 }
 
 /// What is sent to the fast network and from it.
