@@ -32,6 +32,9 @@ const SILENCE_LIMIT: Duration = Duration::from_secs(900);
 /// How long output is awaited after a program's end.
 const DRAIN_LIMIT: Duration = Duration::from_secs(2);
 
+/// How often a program may run in an emulated lab until it passes.
+const EMULATED_ATTEMPTS: usize = 3;
+
 /// Sums of what test programs report.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Counts {
@@ -106,7 +109,7 @@ pub(crate) fn run(project: &Project, progress: Progress) -> Result<bool> {
 ///
 /// QEMU's emulation of nested guests now and then puts a guest's processor at an address of the lab's own kernel, where
 /// nothing of it is: the guest hangs or dies, and now and then the lab does (docs/testing.md). So a program that fails
-/// in an emulated lab runs once more, in a fresh one; what it says then counts.
+/// in an emulated lab runs again, in a fresh one; what it says last counts.
 fn run_all_in_lab(
     project: &Project,
     programs: &[TestProgram],
@@ -118,18 +121,22 @@ fn run_all_in_lab(
         lab.deliver(&deliveries, progress)?;
         Ok(lab.client())
     };
-    let emulated = check::accelerator()? == Accelerator::Tcg;
+    let attempts = match check::accelerator()? {
+        Accelerator::Tcg => EMULATED_ATTEMPTS,
+        Accelerator::Kvm => 1,
+    };
     let mut client = fresh_lab()?;
     let mut counts = Counts::default();
     for program in programs {
         let mut result = program.run_in_lab(&client, progress);
-        let passed = result.as_ref().is_ok_and(|counts| counts.failed == 0);
-        if emulated && !passed {
-            if let Err(error) = &result {
-                progress.say("test", &format!("{error:#}"));
+        for _ in 1..attempts {
+            match &result {
+                Ok(counts) if counts.failed == 0 => break,
+                Ok(_) => {}
+                Err(error) => progress.say("test", &format!("{error:#}")),
             }
             let name = &program.name;
-            progress.say("test", &format!("{name} failed; once more in a fresh lab"));
+            progress.say("test", &format!("{name} failed; again in a fresh lab"));
             client = fresh_lab()?;
             result = program.run_in_lab(&client, progress);
         }

@@ -88,14 +88,19 @@ pub(crate) fn shape(accelerator: Accelerator) -> String {
     format!(
         "{accelerator:?} {:?} {MEMORY_MIB} {}",
         accelerator.arguments(),
-        processors()
+        processors(accelerator)
     )
 }
 
-fn processors() -> usize {
-    std::thread::available_parallelism()
-        .map_or(1, std::num::NonZero::get)
-        .min(2)
+/// One where it is emulated: QEMU's threads race for the interrupts of a processor that enters or leaves a nested guest
+/// (docs/testing.md), the more of them the more often.
+fn processors(accelerator: Accelerator) -> usize {
+    match accelerator {
+        Accelerator::Tcg => 1,
+        Accelerator::Kvm => std::thread::available_parallelism()
+            .map_or(1, std::num::NonZero::get)
+            .min(2),
+    }
 }
 
 impl Machine<'_> {
@@ -154,7 +159,7 @@ impl Machine<'_> {
         command
             .args(["-display", "none"])
             .args(self.accelerator.arguments());
-        command.args(["-smp", &processors().to_string()]);
+        command.args(["-smp", &processors(self.accelerator).to_string()]);
         self.add_memory(&mut command);
         command
             .arg("-kernel")
