@@ -137,7 +137,11 @@ fn of_threads(proc: &str, fact: fn(&str) -> Result<String>) -> Result<Vec<String
     for task in entries(&format!("{proc}/task"))? {
         let task = format!("{proc}/task/{task}");
         // KVM's own, which never runs code of the process.
-        if !name(&task)?.starts_with("kvm-") {
+        let name = name(&task)?;
+        if !["kvm-", "iou-wrk-"]
+            .iter()
+            .any(|kernel| name.starts_with(kernel))
+        {
             facts.push(fact(&task)?);
         }
     }

@@ -1,6 +1,6 @@
 #![allow(
     unsafe_code,
-    reason = "unshares namespaces and joins a keyring, which have no safe wrappers"
+    reason = "unshares namespaces, joins a keyring and sets the allocator up, which have no safe wrappers"
 )]
 //! The VMM's own confinement, entered before the first guest instruction and before any other thread exists:
 //! namespaces of its own, a root that is the Pod's share, no new privileges, and no capabilities but
@@ -69,10 +69,18 @@ pub struct Apart {
     kept: CapabilitySet,
 }
 
+/// Lets all threads share the heap. The allocator looks at `/proc/sys/vm/overcommit_memory` before it shrinks a heap
+/// of its other arenas, on whatever thread frees memory of one, and the filters end a process for that.
+fn keep_one_arena() {
+    // SAFETY: sets a parameter of the allocator and touches no memory.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+}
+
 impl Apart {
     /// Enters a mount, network, IPC and UTS namespace; the parent made the PID namespace. With a share, `/proc`
     /// becomes that of the PID namespace. Must be called while there is one thread.
     pub fn enter(root: Root) -> Result<Self, JailError> {
+        keep_one_arena();
         let kept = match root {
             Root::Share(directory) => {
                 // Entered first: what the working directory refers to moves to the copied mount together with the
