@@ -1,7 +1,7 @@
 //! One guest with a disk, a share, a network and a socket device, on either VMM, and what it measures.
 
 use super::sockets;
-use crate::{console::Console, qemu};
+use crate::{console::Console, progress, qemu};
 use anyhow::{Context, Result, bail};
 use std::{
     fs,
@@ -126,6 +126,7 @@ impl Story {
             if let Some(rest) = line.strip_prefix("figure ") {
                 let (name, value) = rest.split_once(' ').context("a figure without a value")?;
                 let value = value.trim().parse();
+                progress(&format!("{}: {rest}", peer.name()));
                 figures.push((name.to_owned(), value.with_context(|| line.clone())?));
             } else if line.starts_with("failed ") {
                 bail!("the guest of {} says: {line}", peer.name());
