@@ -136,7 +136,7 @@ fn of_threads(proc: &str, fact: fn(&str) -> Result<String>) -> Result<Vec<String
     let mut facts = Vec::new();
     for task in entries(&format!("{proc}/task"))? {
         let task = format!("{proc}/task/{task}");
-        // KVM's own, which never runs code of the process.
+        // The kernel's own, for KVM and for a disk's ring, which never run code of the process.
         let name = name(&task)?;
         if !["kvm-", "iou-wrk-"]
             .iter()
