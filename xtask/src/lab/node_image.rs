@@ -18,7 +18,7 @@ const RECIPE: &str = "node 1";
 /// The release that has containerd 2.1 and runc 1.3.
 const SUITE: &str = "sid";
 
-const PACKAGES: [&str; 25] = [
+const PACKAGES: [&str; 29] = [
     "containerd",
     "containernetworking-plugins",
     "runc",
@@ -27,6 +27,7 @@ const PACKAGES: [&str; 25] = [
     "acl",
     "attr",
     "busybox-static",
+    "dmsetup",
     "e2fsprogs",
     "erofs-utils",
     "ethtool",
@@ -38,11 +39,14 @@ const PACKAGES: [&str; 25] = [
     "jq",
     "kmod",
     "libcap2-bin",
+    "nftables",
     "procps",
     "python3-minimal",
     "socat",
+    "sqlite3",
     "strace",
     "util-linux",
+    "wireguard-tools",
     // The peers of the benchmarks.
     "qemu-system-x86",
     "virtiofsd",
