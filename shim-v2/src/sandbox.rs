@@ -140,8 +140,10 @@ impl Sandbox {
     ) -> Result<(Arc<Machine>, Container, bool), ShimError> {
         let bundle = PathBuf::from(&request.bundle);
         let mut host_spec = read_spec(&bundle.join("config.json"))?;
-        if !self.stage.borrow().is_absent() {
-            pod_files::mount(&mut host_spec, &self.state.etc());
+        match &*self.stage.borrow() {
+            Stage::Absent => {}
+            Stage::Ready { .. } => pod_files::mount(&mut host_spec, &self.state.etc()),
+            stage => return Err(state_error("use sandbox", &self.id, stage.name())),
         }
         let part = spec::host_part(&host_spec);
         let is_sandbox = pod::is_sandbox(&host_spec);

@@ -72,8 +72,10 @@ impl Pod {
     pub fn prepare(&self, id: &str, script: &str, namespaces: Value, kind: &str) -> Result<()> {
         let bundle = self.bundle(id);
         let rootfs = bundle.join("rootfs");
-        fs::create_dir_all(&rootfs)?;
-        busybox_rootfs(&self.programs.busybox, &rootfs)?;
+        if !rootfs.join("bin").exists() {
+            fs::create_dir_all(&rootfs)?;
+            busybox_rootfs(&self.programs.busybox, &rootfs)?;
+        }
         // The CRI makes it for a Pod with a pause container, and leaves it to the runtime else.
         let shm = if self.bundle(&self.id).join("config.json").exists() || kind == "sandbox" {
             let source = format!("/nowhere/sandboxes/{}/shm", self.id);
