@@ -299,7 +299,7 @@ mod tests {
     const OPTIONS: &[u8] = b"\x0a\x22containerd.runc.options.v1.Options\x12\x02\x48\x01";
     /// What 2.3 writes: id, namespace, log level debug (-4), version, both addresses, its binary.
     const PARAMETERS: &[u8] = b"\x0a\x02c1\x12\x06k8s.io\x18\xfc\xff\xff\xff\xff\xff\xff\xff\xff\x01\
-        \x22\x05v2.3.0\x2a\x27/run/containerd/containerd.sock.ttrpc.s\x32\x1f/run/containerd/containerd.sock\
+        \x22\x06v2.3.0\x2a\x25/run/containerd/containerd.sock.ttrpc\x32\x1f/run/containerd/containerd.sock\
         \x3a\x13/usr/bin/containerd";
 
     #[test]
