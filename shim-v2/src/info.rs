@@ -14,9 +14,9 @@ const FEATURES_TYPE_URL: &str =
     "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
 
 /// `-info`. The options on standard input are those of a container; they don't change what this is.
-pub(crate) fn print() -> anyhow::Result<()> {
-    io::stdout().write_all(&info().write_to_bytes()?)?;
-    Ok(())
+pub(crate) fn print() -> io::Result<()> {
+    let bytes = info().write_to_bytes()?;
+    io::stdout().write_all(&bytes)
 }
 
 fn info() -> RuntimeInfo {

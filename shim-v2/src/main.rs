@@ -54,7 +54,7 @@ fn run() -> anyhow::Result<()> {
     match args.command {
         Command::Start => bootstrap::start(&args),
         Command::Delete => cleanup::delete(&args),
-        Command::Info => info::print(),
+        Command::Info => Ok(info::print()?),
         Command::Version => bootstrap::version(),
         Command::Serve => server::serve(&args),
     }
