@@ -1,12 +1,16 @@
 //! A Pod, as the kubelet makes it: a cgroup, a directory for logs, a sandbox.
 
 use super::{Container, Cri, Refused, merge, text};
-use crate::ctr::{self, Runtime};
+use crate::{
+    ctr::{self, Runtime},
+    deadline,
+};
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 use std::{
     fs,
     path::{Path, PathBuf},
+    time::Duration,
 };
 use tempfile::TempDir;
 
@@ -40,6 +44,11 @@ impl Drop for Files {
 impl Cri {
     /// Runs a Pod; `over` is put over a plain configuration.
     pub fn pod(&self, over: Value) -> Result<Pod<'_>> {
+        self.pod_within(over, deadline::BOOT)
+    }
+
+    /// As [`Cri::pod`], but loses patience after a while.
+    pub fn pod_within(&self, over: Value, limit: Duration) -> Result<Pod<'_>> {
         let name = ctr::unique_name(self.runtime());
         let cgroup = Path::new(CGROUPS).join(&name);
         fs::create_dir_all(&cgroup).with_context(|| format!("cannot make {}", cgroup.display()))?;
@@ -62,7 +71,7 @@ impl Cri {
         });
         merge(&mut config, over);
         let request = json!({ "config": config, "runtime_handler": handler(self.runtime()) });
-        let answer = self.call("RunPodSandbox", request)?;
+        let answer = self.call_within("RunPodSandbox", request, limit)?;
         Ok(Pod {
             cri: self,
             id: text(&answer["pod_sandbox_id"])?,
@@ -80,6 +89,11 @@ fn handler(runtime: Runtime) -> &'static str {
 }
 
 impl<'a> Pod<'a> {
+    /// The service that it was made with.
+    pub fn cri(&self) -> &Cri {
+        self.cri
+    }
+
     /// Its status.
     pub fn status(&self) -> Result<Value> {
         let request = json!({ "pod_sandbox_id": self.id });
@@ -100,11 +114,20 @@ impl<'a> Pod<'a> {
 
     /// Makes a container, without starting it.
     pub fn create(&self, name: &str, script: &str, over: Value) -> Result<Container<'_>> {
+        self.create_program(name, &["sh", "-c", script], over)
+    }
+
+    /// As [`Pod::create`], with a program and its arguments.
+    pub fn create_program(
+        &self,
+        name: &str,
+        program: &[&str],
+        over: Value,
+    ) -> Result<Container<'_>> {
         let mut config = json!({
             "metadata": { "name": name, "attempt": 0 },
             "image": { "image": ctr::BUSYBOX },
-            "command": ["sh", "-c"],
-            "args": [script],
+            "command": program,
             "log_path": format!("{name}.log"),
         });
         merge(&mut config, over);

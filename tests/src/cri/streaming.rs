@@ -78,7 +78,8 @@ impl Streaming {
         let _ = self.socket.flush();
     }
 
-    fn read(&mut self) -> Result<bool> {
+    /// Reads the next piece; false at the end.
+    pub fn read(&mut self) -> Result<bool> {
         match receive(&mut self.socket)? {
             None => return Ok(false),
             Some((STDOUT, bytes)) => self.stdout.extend(bytes),
