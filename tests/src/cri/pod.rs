@@ -129,6 +129,7 @@ impl<'a> Pod<'a> {
             "image": { "image": ctr::BUSYBOX },
             "command": program,
             "log_path": format!("{name}.log"),
+            "linux": { "security_context": { "namespace_options": { "pid": "CONTAINER" } } },
         });
         merge(&mut config, over);
         let request = json!({
