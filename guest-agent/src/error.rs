@@ -29,6 +29,7 @@ impl From<TaskError> for ttrpc::Error {
             TaskError::Id { .. }
             | TaskError::Signal(_)
             | TaskError::Size { .. }
+            | TaskError::Namespace { .. }
             | TaskError::Contradiction(_)
             | TaskError::Spec(_)
             | TaskError::Resources(_)

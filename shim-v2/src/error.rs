@@ -3,8 +3,8 @@
 //! containerd maps the codes to its own errors (its `errdefs` package); its clients print the message.
 
 use crate::{
-    agent::AgentError, config::ConfigError, io::IoError, machine::MachineError, spec::SpecError,
-    storage::StorageError, vm::VmError,
+    agent::AgentError, config::ConfigError, io::IoError, machine::MachineError,
+    pod_config::PodConfigError, spec::SpecError, storage::StorageError, vm::VmError,
 };
 use std::{error::Error, path::PathBuf};
 use ttrpc::Code;
@@ -27,10 +27,13 @@ pub(crate) enum ShimError {
         /// The process.
         exec_id: String,
     },
-    /// A container or process of that name is there.
+    /// No such sandbox, or none of the Sandbox API.
+    #[error("sandbox {0:?} does not exist")]
+    NoSandbox(String),
+    /// A container, process or sandbox of that name is there.
     #[error("{what} {id:?} already exists")]
     Exists {
-        /// Container or process.
+        /// Which of them.
         what: &'static str,
         /// Its name.
         id: String,
@@ -83,6 +86,9 @@ pub(crate) enum ShimError {
     /// The container's configuration.
     #[error(transparent)]
     Spec(#[from] SpecError),
+    /// The Pod's configuration.
+    #[error(transparent)]
+    PodConfig(#[from] PodConfigError),
     /// Stdio.
     #[error(transparent)]
     Io(#[from] IoError),
@@ -115,11 +121,15 @@ impl ShimError {
     /// The table.
     fn code(&self) -> Code {
         match self {
-            Self::NoContainer(_) | Self::NoProcess { .. } | Self::Finished => Code::NOT_FOUND,
+            Self::NoContainer(_) | Self::NoProcess { .. } | Self::NoSandbox(_) | Self::Finished => {
+                Code::NOT_FOUND
+            }
             Self::Exists { .. } => Code::ALREADY_EXISTS,
             Self::State { .. } => Code::FAILED_PRECONDITION,
             Self::Unsupported(_) => Code::UNIMPLEMENTED,
-            Self::Name { .. } | Self::Json { .. } | Self::Spec(_) => Code::INVALID_ARGUMENT,
+            Self::Name { .. } | Self::Json { .. } | Self::Spec(_) | Self::PodConfig(_) => {
+                Code::INVALID_ARGUMENT
+            }
             Self::Bundle { .. } => Code::NOT_FOUND,
             Self::VmEnded(_) => Code::UNAVAILABLE,
             Self::Io(IoError::Scheme { .. }) => Code::UNIMPLEMENTED,

@@ -8,20 +8,21 @@ use crate::{
     cgroup::{Cgroup, CgroupError},
     config::{Config, ConfigError},
     error::ShimError,
-    log,
+    log, pod_metrics,
     spec::HostPart,
     state_dir::StateDir,
     storage::{Needs, Share, StorageError},
     vm::{Plan, SHARE_TAG, Vm, VmError},
 };
+use protobuf::well_known_types::any::Any;
 use std::{future::Future, io, path::Path, sync::Arc, time::Duration};
-use tokio::{task::spawn_blocking, time::timeout};
+use tokio::{sync::OnceCell, task::spawn_blocking, time::timeout};
 
 /// Between the agent's answer to Shutdown and the VMM's end.
 const POWER_OFF_DEADLINE: Duration = Duration::from_secs(15);
 /// Between a connection that breaks because the VMM ends and the VMM's exit status.
 const EXIT_DEADLINE: Duration = Duration::from_secs(2);
-/// A guest's host name when the Pod names none.
+/// A guest's host name when neither the Pod nor the node has one.
 const DEFAULT_HOSTNAME: &str = "walnut";
 
 /// Why there is no machine, or why it left something behind.
@@ -63,6 +64,7 @@ pub(crate) struct Machine {
     vm: Vm,
     agent: Agent,
     host: HostResources,
+    ended: OnceCell<()>,
 }
 
 impl Machine {
@@ -76,7 +78,12 @@ impl Machine {
         let host = HostResources::acquire(state, fallback_cgroup, part)?;
         let booted = boot_on(&host, &config, part).await;
         match booted {
-            Ok((vm, agent)) => Ok(Self { vm, agent, host }),
+            Ok((vm, agent)) => Ok(Self {
+                vm,
+                agent,
+                host,
+                ended: OnceCell::new(),
+            }),
             Err(error) => {
                 host.release().await;
                 Err(error)
@@ -92,6 +99,11 @@ impl Machine {
     /// The VMM's process id on the host.
     pub(crate) fn pid(&self) -> u32 {
         self.vm.pid()
+    }
+
+    /// What the Pod costs the host.
+    pub(crate) fn metrics(&self) -> Any {
+        pod_metrics::read(self.host.cgroup.directory())
     }
 
     /// Waits for the VM's end.
@@ -148,19 +160,29 @@ impl Machine {
         Ok(spawn_blocking(move || share.withdraw(&container_id)).await??)
     }
 
-    /// Shuts the guest down, ends the VM and releases what the host holds.
-    pub(crate) async fn stop(&self) {
-        if !self.has_exited() {
-            let asked = self.agent.shutdown().await;
-            let powered_off =
-                asked.is_ok() && timeout(POWER_OFF_DEADLINE, self.vm.exited()).await.is_ok();
-            if !powered_off {
-                if let Err(error) = asked {
-                    log::error("the guest does not shut down", &error);
-                }
-                self.vm.stop().await;
-            }
+    /// Shuts the guest down and ends the VM. Who else asks waits for the same end.
+    pub(crate) async fn end(&self) {
+        self.ended.get_or_init(|| self.power_off()).await;
+    }
+
+    async fn power_off(&self) {
+        if self.has_exited() {
+            return;
         }
+        let asked = self.agent.shutdown().await;
+        let powered_off =
+            asked.is_ok() && timeout(POWER_OFF_DEADLINE, self.vm.exited()).await.is_ok();
+        if !powered_off {
+            if let Err(error) = asked {
+                log::error("the guest does not shut down", &error);
+            }
+            self.vm.stop().await;
+        }
+    }
+
+    /// Ends the VM and releases what the host holds.
+    pub(crate) async fn stop(&self) {
+        self.end().await;
         self.host.release().await;
     }
 }
