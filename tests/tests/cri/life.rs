@@ -70,7 +70,11 @@ pub(crate) fn a_pod_is_removed_while_it_starts(cri: &Cri) -> Result<()> {
         removed
     })?;
     pod.remove()?;
-    // The kubelet loses patience at several moments.
+    Ok(())
+}
+
+/// The kubelet loses patience at several moments; what it finds by then it removes.
+pub(crate) fn a_pod_is_given_up_while_it_starts(cri: &Cri) -> Result<()> {
     for patience in [50, 300, 1500] {
         let limit = Duration::from_millis(patience);
         let pod = cri.pod_within(json!({}), limit);
@@ -91,7 +95,8 @@ pub(crate) fn containerd_restarts_under_a_pod(cri: &Cri) -> Result<()> {
     let pod = cri.pod(json!({}))?;
     let script = "i=0; while :; do echo tick $i; i=$((i+1)); sleep 0.5; done";
     let container = pod.shell("ticks", script, json!({}))?;
-    let ends = pod.shell("ends", "sleep 3; exit 9", json!({}))?;
+    let script = "until [ -e /end ]; do sleep 0.2; done; exit 9";
+    let ends = pod.shell("ends", script, json!({}))?;
     let daemon = processes::named("containerd")?
         .pop()
         .context("no containerd")?;
@@ -115,7 +120,7 @@ pub(crate) fn containerd_restarts_under_a_pod(cri: &Cri) -> Result<()> {
         container.status()?
     );
     ensure!(container.output("echo here")? == "here", "exec");
-    // Who ended meanwhile did so with its own status.
+    ends.output("touch /end")?;
     ensure!(ends.ended()?.0 == 9, "{:?}", ends.status()?);
     let length = container.log()?.len();
     deadline::until(

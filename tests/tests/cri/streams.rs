@@ -5,27 +5,23 @@ use serde_json::json;
 use walnut_tests::{
     cri::{Cri, Pod, forward, says},
     deadline::{self, Deadline},
-    story,
 };
 
-use crate::pod::SERVE;
+use crate::pod::{SERVE, tell};
 
 pub(crate) fn exec_attach_and_port_forward(cri: &Cri) -> Result<()> {
-    let pod = cri.pod(json!({}))?;
-    let mut fixture = &pod;
-    story::tell(
-        &mut fixture,
+    tell(
+        cri.pod(json!({}))?,
         &[
             ("exec", exec),
             ("exec with a terminal", terminal),
             ("attach", attach),
             ("port-forward", port_forward),
         ],
-    )?;
-    pod.remove()
+    )
 }
 
-fn exec(pod: &mut &Pod<'_>) -> Result<()> {
+fn exec(pod: &mut Pod<'_>) -> Result<()> {
     let container = pod.shell("exec", SERVE, json!({}))?;
     let mut stream = container.stream("echo out; echo err >&2; exit 7", false, false)?;
     ensure!(stream.finish()? == 7, "{stream:?}");
@@ -52,7 +48,7 @@ fn exec(pod: &mut &Pod<'_>) -> Result<()> {
     container.remove()
 }
 
-fn terminal(pod: &mut &Pod<'_>) -> Result<()> {
+fn terminal(pod: &mut Pod<'_>) -> Result<()> {
     let container = pod.shell("terminal", SERVE, json!({}))?;
     let mut stream = container.stream("tty; while :; do read a; stty size; done", true, true)?;
     stream.wait_for("/dev/pts/")?;
@@ -80,7 +76,7 @@ fn terminal(pod: &mut &Pod<'_>) -> Result<()> {
     container.remove()
 }
 
-fn attach(pod: &mut &Pod<'_>) -> Result<()> {
+fn attach(pod: &mut Pod<'_>) -> Result<()> {
     let script = "while read line; do echo said $line; echo noted >&2; done";
     let container = pod.shell("attach", script, json!({ "stdin": true }))?;
     let mut first = container.attach(false)?;
@@ -116,10 +112,13 @@ fn attach(pod: &mut &Pod<'_>) -> Result<()> {
     container.remove()
 }
 
-fn port_forward(pod: &mut &Pod<'_>) -> Result<()> {
+fn port_forward(pod: &mut Pod<'_>) -> Result<()> {
     let script = "mkdir /www; seq 20000 > /www/numbers; httpd -f -p 127.0.0.1:8081 -h /www";
     let container = pod.shell("http", script, json!({}))?;
-    container.output("until nc -z 127.0.0.1 8081; do sleep 0.1; done")?;
+    let listens = "wget -q -O /dev/null http://127.0.0.1:8081/numbers";
+    deadline::until("the server", Deadline::after(deadline::REQUEST), || {
+        Ok((container.exec(listens)?.code == 0).then_some(()))
+    })?;
     let request = b"GET /numbers HTTP/1.0\r\n\r\n";
     let answer = forward(&pod.port_forward(8081)?, request, |bytes| {
         bytes.ends_with(b"\n20000\n")
