@@ -35,6 +35,7 @@ pub(crate) fn a_pod_and_its_containers(cri: &Cri) -> Result<()> {
             ("sysctls", sysctls),
             ("mounts", mounts),
             ("stats", stats),
+            ("the node and the Pod reach each other", network),
         ],
     )
 }
@@ -111,21 +112,6 @@ fn share(pod: &mut Pod<'_>) -> Result<()> {
     };
     ask("127.0.0.1")?;
     ask("::1")?;
-    // From the node to the Pod, and back.
-    let address = pod.address()?;
-    let reached = deadline::until("the Pod's port", Deadline::after(deadline::REQUEST), || {
-        let mut nc = Command::new("busybox");
-        nc.args(["nc", "-w", "5", &address, "8080"]);
-        let output = command::run(&mut nc, Vec::new(), Deadline::after(deadline::REQUEST))?;
-        Ok((output.text() == "pong").then_some(()))
-    });
-    reached.context("from the node")?;
-    client
-        .output("ping -c 1 -w 10 10.88.0.1")
-        .context("to the node")?;
-    client
-        .output("ping -c 1 -w 10 fd00:88::1")
-        .context("to the node by IPv6")?;
     // What a Pod shares, and what not.
     client.output("echo shared > /dev/shm/word")?;
     ensure!(
@@ -247,6 +233,28 @@ fn sysctls(pod: &mut Pod<'_>) -> Result<()> {
     // containerd's own: a Pod's processes may listen on any port, and ping.
     let ports = container.output("cat /proc/sys/net/ipv4/ip_unprivileged_port_start")?;
     ensure!(ports == "0", "{ports}");
+    container.stop(0)?;
+    container.remove()
+}
+
+/// The node reaches the Pod, and the Pod the node.
+fn network(pod: &mut Pod<'_>) -> Result<()> {
+    let script = "while :; do echo pong | nc -l -p 8090; done";
+    let container = pod.shell("network", script, json!({}))?;
+    let address = pod.address()?;
+    let reached = deadline::until("the Pod's port", Deadline::after(deadline::REQUEST), || {
+        let mut nc = Command::new("busybox");
+        nc.args(["nc", "-w", "5", &address, "8090"]);
+        let output = command::run(&mut nc, Vec::new(), Deadline::after(deadline::REQUEST))?;
+        Ok((output.text() == "pong").then_some(()))
+    });
+    reached.context("from the node")?;
+    container
+        .output("ping -c 1 -w 10 10.88.0.1")
+        .context("to the node")?;
+    container
+        .output("ping -c 1 -w 10 fd00:88::1")
+        .context("to the node by IPv6")?;
     container.stop(0)?;
     container.remove()
 }
@@ -375,7 +383,7 @@ fn ends(pod: &mut Pod<'_>) -> Result<()> {
         ("three", "exit 3".to_owned(), json!({}), 3, "Error"),
         (
             "signal",
-            "kill -TERM $$".to_owned(),
+            "sh -c 'kill -TERM $$'; exit $?".to_owned(),
             json!({}),
             143,
             "Error",
@@ -387,11 +395,6 @@ fn ends(pod: &mut Pod<'_>) -> Result<()> {
     let eat = "exec tail -c 100m /dev/zero".to_owned();
     endings.push(("memory", eat, limit, 137, "OOMKilled"));
     for (name, script, over, code, reason) in endings {
-        // As init of a PID namespace a shell ignores signals that it has no handler for.
-        let script = match name {
-            "signal" => format!("(kill -TERM $(sh -c 'echo $PPID')); sh -c '{script}'"),
-            _ => script,
-        };
         let container = pod.shell(name, &script, over)?;
         let ended = container.ended()?;
         ensure!(ended == (code, reason.to_owned()), "{name}: {ended:?}");
