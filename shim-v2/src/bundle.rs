@@ -46,8 +46,10 @@ struct Annotated {
 impl Membership {
     /// Reads the bundle's configuration.
     pub(crate) fn read(bundle: &Path, id: &str) -> Result<Self, BundleError> {
-        if let Some(sandbox) = read_if_there(bundle, SANDBOX_FILE)? {
-            return Self::joins(String::from_utf8_lossy(&sandbox).trim_end());
+        if let Some(sandbox) =
+            read_if_there(bundle, SANDBOX_FILE)?.filter(|name| name != id.as_bytes())
+        {
+            return Self::joins(&String::from_utf8_lossy(&sandbox));
         }
         match read_if_there(bundle, "config.json")? {
             Some(json) => Self::parse(&json, id),

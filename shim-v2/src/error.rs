@@ -80,6 +80,16 @@ pub(crate) enum ShimError {
         /// Why.
         source: std::io::Error,
     },
+    /// A file of the Pod's.
+    #[error("{what} {path:?} failed")]
+    File {
+        /// What was attempted.
+        what: &'static str,
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
     /// The VM has ended.
     #[error("the VM has ended: {0}")]
     VmEnded(String),
@@ -136,7 +146,7 @@ impl ShimError {
             Self::Io(IoError::Open { .. }) => Code::INVALID_ARGUMENT,
             Self::Io(IoError::Stream { source, .. }) | Self::Agent(source) => agent_code(source),
             Self::Machine(error) => machine_code(error),
-            Self::Task(_) => Code::INTERNAL,
+            Self::File { .. } | Self::Task(_) => Code::INTERNAL,
         }
     }
 }

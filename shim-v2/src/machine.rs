@@ -15,7 +15,16 @@ use crate::{
     vm::{Plan, SHARE_TAG, Vm, VmError},
 };
 use protobuf::well_known_types::any::Any;
-use std::{future::Future, io, path::Path, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    io,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 use tokio::{sync::OnceCell, task::spawn_blocking, time::timeout};
 
 /// Between the agent's answer to Shutdown and the VMM's end.
@@ -64,6 +73,7 @@ pub(crate) struct Machine {
     vm: Vm,
     agent: Agent,
     host: HostResources,
+    ending: AtomicBool,
     ended: OnceCell<()>,
 }
 
@@ -82,6 +92,7 @@ impl Machine {
                 vm,
                 agent,
                 host,
+                ending: AtomicBool::new(false),
                 ended: OnceCell::new(),
             }),
             Err(error) => {
@@ -136,7 +147,11 @@ impl Machine {
             () = self.vm.exited() => return Err(ShimError::VmEnded(self.describe_end())),
         };
         let broken = error.is_broken_connection();
-        if broken && timeout(EXIT_DEADLINE, self.vm.exited()).await.is_ok() {
+        let patience = match self.ending.load(Ordering::Relaxed) {
+            true => POWER_OFF_DEADLINE,
+            false => EXIT_DEADLINE,
+        };
+        if broken && timeout(patience, self.vm.exited()).await.is_ok() {
             return Err(ShimError::VmEnded(self.describe_end()));
         }
         Err(error)
@@ -162,6 +177,7 @@ impl Machine {
 
     /// Shuts the guest down and ends the VM. Who else asks waits for the same end.
     pub(crate) async fn end(&self) {
+        self.ending.store(true, Ordering::Relaxed);
         self.ended.get_or_init(|| self.power_off()).await;
     }
 
@@ -256,12 +272,10 @@ async fn boot_on(
         oom_score_adj: part.oom_score_adj,
     };
     let vm = Vm::boot(&plan).await?;
-    let hostname = part.hostname.as_deref().filter(|name| !name.is_empty());
+    let hostname = hostname(part.hostname.as_deref());
     let set_up = async {
         let agent = Agent::connect(host.state.vsock()).await?;
-        agent
-            .setup(hostname.unwrap_or(DEFAULT_HOSTNAME), SHARE_TAG)
-            .await?;
+        agent.setup(&hostname, SHARE_TAG).await?;
         Ok(agent)
     };
     let agent = tokio::select! {
@@ -275,4 +289,20 @@ async fn boot_on(
             Err(error)
         }
     }
+}
+
+/// A Pod that has no name of its own has the node's, as with namespaces.
+fn hostname(of_pod: Option<&str>) -> String {
+    let node = rustix::system::uname();
+    let plain = |name: &&str| {
+        !name.is_empty()
+            && name
+                .bytes()
+                .all(|byte| byte.is_ascii_alphanumeric() || b"-._".contains(&byte))
+    };
+    of_pod
+        .filter(|name| !name.is_empty())
+        .or(node.nodename().to_str().ok().filter(plain))
+        .unwrap_or(DEFAULT_HOSTNAME)
+        .to_owned()
 }

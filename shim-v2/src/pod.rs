@@ -4,7 +4,7 @@
 //! names a namespace of the VMM means that namespace of the Pod, which its sandbox holds in the guest. Pure.
 
 use crate::spec::SpecError;
-use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Mount};
+use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Mount, Spec};
 use std::path::Path;
 use walnut_agent_api::namespace_path;
 
@@ -57,17 +57,33 @@ impl Pod<'_> {
         Ok(())
     }
 
-    /// Whether a bind mount is the CRI's `/dev/shm` of the Pod: a tmpfs of the host's, in its directory of
-    /// the sandbox. The guest has one of its own, whose pages the Pod pays for.
-    pub(crate) fn is_shm(&self, mount: &Mount) -> bool {
+    /// Whether a mount is the Pod's `/dev/shm`: the CRI's bind mount of a tmpfs in its directory of the
+    /// sandbox, or, where it made none, the tmpfs of a container in the Pod's IPC namespace (`joins_ipc`).
+    pub(crate) fn is_shm(&self, mount: &Mount, joins_ipc: bool) -> bool {
         let of_sandbox = |source: &Path| source.ends_with(Path::new(self.id).join("shm"));
+        let made = joins_ipc && mount.typ().as_deref() == Some("tmpfs");
         mount.destination() == Path::new("/dev/shm")
-            && mount.source().as_deref().is_some_and(of_sandbox)
+            && (made || mount.source().as_deref().is_some_and(of_sandbox))
     }
 }
 
+/// Whether a translated configuration joins the Pod's IPC namespace.
+pub(crate) fn joins_ipc(spec: &Spec) -> bool {
+    let namespaces = spec
+        .linux()
+        .as_ref()
+        .and_then(|linux| linux.namespaces().as_ref());
+    namespaces.into_iter().flatten().any(|namespace| {
+        namespace.typ() == LinuxNamespaceType::Ipc
+            && namespace
+                .path()
+                .as_ref()
+                .is_some_and(|path| path != Path::new(""))
+    })
+}
+
 /// Whether the Pod is to end with this container: the CRI's sandbox.
-pub(crate) fn is_sandbox(spec: &oci_spec::runtime::Spec) -> bool {
+pub(crate) fn is_sandbox(spec: &Spec) -> bool {
     spec.annotations()
         .as_ref()
         .and_then(|annotations| annotations.get(TYPE_ANNOTATION))
@@ -157,22 +173,18 @@ mod tests {
 
     #[test]
     fn the_pods_shm_is_known_by_its_place() {
-        let mount = |destination: &str, source: &str| -> Mount {
-            serde_json::from_value(
-                serde_json::json!({"destination": destination, "type": "bind", "source": source}),
-            )
-            .unwrap()
+        let is_shm = |destination: &str, kind: &str, source: &str, joins| {
+            let mount =
+                serde_json::json!({"destination": destination, "type": kind, "source": source});
+            POD.is_shm(&serde_json::from_value(mount).unwrap(), joins)
         };
-        assert!(POD.is_shm(&mount(
-            "/dev/shm",
-            "/run/containerd/io.containerd.grpc.v1.cri/sandboxes/pod/shm"
-        )));
-        assert!(!POD.is_shm(&mount(
-            "/dev/shm",
-            "/run/containerd/io.containerd.grpc.v1.cri/sandboxes/other/shm"
-        )));
-        assert!(!POD.is_shm(&mount("/shm", "/x/pod/shm")));
-        assert!(!POD.is_shm(&mount("/dev/shm", "/dev/shm")));
+        let place = "/run/containerd/io.containerd.grpc.v1.cri/sandboxes/pod/shm";
+        assert!(is_shm("/dev/shm", "bind", place, false));
+        assert!(!is_shm("/shm", "bind", place, true));
+        assert!(!is_shm("/dev/shm", "bind", "/sandboxes/other/shm", true));
+        assert!(!is_shm("/dev/shm", "bind", "/dev/shm", true));
+        assert!(is_shm("/dev/shm", "tmpfs", "shm", true));
+        assert!(!is_shm("/dev/shm", "tmpfs", "shm", false));
     }
 
     proptest! {

@@ -64,13 +64,17 @@ impl Fields {
         }
     }
 
-    fn text(&self, number: u32) -> String {
-        match self.all(number).last() {
-            Some(UnknownValueRef::LengthDelimited(bytes)) => {
-                String::from_utf8_lossy(bytes).into_owned()
+    fn texts(&self, number: u32) -> impl Iterator<Item = String> {
+        self.all(number).filter_map(|value| match value {
+            UnknownValueRef::LengthDelimited(bytes) => {
+                Some(String::from_utf8_lossy(bytes).into_owned())
             }
-            _ => String::new(),
-        }
+            _ => None,
+        })
+    }
+
+    fn text(&self, number: u32) -> String {
+        self.texts(number).last().unwrap_or_default()
     }
 
     fn message(&self, number: u32) -> Result<Self, PodConfigError> {
@@ -92,9 +96,43 @@ impl Fields {
     }
 }
 
-/// The configuration of the Pod's own container.
-pub(crate) fn configuration(request: &CreateSandboxRequest) -> Result<Spec, PodConfigError> {
+/// A Pod, as its containers need it.
+#[derive(Debug)]
+pub(crate) struct PodConfig {
+    /// The configuration of the Pod's own container.
+    pub(crate) spec: Spec,
+    /// `/etc/resolv.conf`, if it isn't to be the node's.
+    pub(crate) resolv: Option<String>,
+}
+
+/// Reads what containerd was given for the Pod.
+pub(crate) fn configuration(request: &CreateSandboxRequest) -> Result<PodConfig, PodConfigError> {
     let config = sandbox_config(request.options.as_ref())?;
+    Ok(PodConfig {
+        spec: pause(request, &config)?,
+        resolv: resolv(&config)?,
+    })
+}
+
+fn resolv(config: &Fields) -> Result<Option<String>, PodConfigError> {
+    if config.all(4).next().is_none() {
+        return Ok(None);
+    }
+    let dns = config.message(4)?;
+    let mut lines: Vec<_> = dns
+        .texts(1)
+        .map(|server| format!("nameserver {server}\n"))
+        .collect();
+    for (number, word) in [(2, "search"), (3, "options")] {
+        let words: Vec<_> = dns.texts(number).collect();
+        if !words.is_empty() {
+            lines.push(format!("{word} {}\n", words.join(" ")));
+        }
+    }
+    Ok(Some(lines.concat()))
+}
+
+fn pause(request: &CreateSandboxRequest, config: &Fields) -> Result<Spec, PodConfigError> {
     let linux = config.message(8)?;
     let modes = linux.message(2)?.message(1)?;
     let resources = linux.message(5)?;
@@ -207,8 +245,24 @@ mod tests {
             field(3, &sysctl),
             field(5, &resources),
         ];
-        let config = [field(2, b"web-0"), field(8, &linux.concat())].concat();
-        let spec = serde_json::to_value(configuration(&request(config)).unwrap()).unwrap();
+        let dns = [
+            field(1, b"192.0.2.1"),
+            field(2, b"a.test"),
+            field(2, b"test"),
+        ]
+        .concat();
+        let config = [
+            field(2, b"web-0"),
+            field(4, &dns),
+            field(8, &linux.concat()),
+        ]
+        .concat();
+        let PodConfig { spec, resolv } = configuration(&request(config)).unwrap();
+        assert_eq!(
+            resolv.unwrap(),
+            "nameserver 192.0.2.1\nsearch a.test test\n"
+        );
+        let spec = serde_json::to_value(spec).unwrap();
         assert_eq!(spec["hostname"], "web-0");
         assert_eq!(spec["linux"]["cgroupsPath"], "/kubepods/pod-1/pod");
         assert_eq!(spec["linux"]["sysctl"]["net.core.somaxconn"], "512");
@@ -227,7 +281,8 @@ mod tests {
         // network and ipc are NODE.
         let modes = [0x08, 0x02, 0x18, 0x02];
         let config = [field(2, b"ignored"), field(8, &field(2, &field(1, &modes)))];
-        let spec = configuration(&request(config.concat())).unwrap();
+        let PodConfig { spec, resolv } = configuration(&request(config.concat())).unwrap();
+        assert_eq!(resolv, None);
         let spec = serde_json::to_value(spec).unwrap();
         let kinds: Vec<_> = spec["linux"]["namespaces"]
             .as_array()

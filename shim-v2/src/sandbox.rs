@@ -24,6 +24,7 @@ use crate::{
     log,
     machine::Machine,
     pod::{self, Pod},
+    pod_files,
     sandbox_api::Stage,
     slots::{SlotError, Slots},
     spec::{self, HostPart, Translation},
@@ -58,7 +59,7 @@ pub(crate) struct Sandbox {
     pub(crate) id: String,
     /// Where it is in a life of its own, if it has one.
     pub(crate) stage: watch::Sender<Stage>,
-    state: StateDir,
+    pub(crate) state: StateDir,
     fallback_cgroup: PathBuf,
     phase: watch::Sender<Phase>,
     pub(crate) containers: Slots<Container>,
@@ -138,7 +139,10 @@ impl Sandbox {
         request: &api::CreateTaskRequest,
     ) -> Result<(Arc<Machine>, Container, bool), ShimError> {
         let bundle = PathBuf::from(&request.bundle);
-        let host_spec = read_spec(&bundle.join("config.json"))?;
+        let mut host_spec = read_spec(&bundle.join("config.json"))?;
+        if !self.stage.borrow().is_absent() {
+            pod_files::mount(&mut host_spec, &self.state.etc());
+        }
         let part = spec::host_part(&host_spec);
         let is_sandbox = pod::is_sandbox(&host_spec);
         let pod = Pod {

@@ -12,18 +12,17 @@
 
 use crate::{
     agent::StreamNames,
-    args::is_name,
     container::{Exit, KILLED},
     error::ShimError,
     log,
     machine::Machine,
     pod::Pod,
-    pod_config::configuration,
+    pod_config::{PodConfig, configuration},
+    pod_files,
     sandbox::{Sandbox, state_error},
     spec,
 };
 use containerd_shim_protos::sandbox_api as api;
-use oci_spec::runtime::Spec;
 use protobuf::MessageField;
 use std::{
     sync::Arc,
@@ -41,7 +40,7 @@ const NOT_READY: &str = "SANDBOX_NOTREADY";
 #[derive(Debug, Clone)]
 pub(crate) enum Stage {
     Absent,
-    Created(Arc<Spec>),
+    Created(Arc<PodConfig>),
     Starting,
     Ready { pid: u32, created_at: SystemTime },
     Stopping,
@@ -103,7 +102,7 @@ impl Sandbox {
         &self,
         request: &api::CreateSandboxRequest,
     ) -> Result<(), ShimError> {
-        if request.sandbox_id != self.id || !is_name(&request.sandbox_id) {
+        if request.sandbox_id != self.id {
             return Err(ShimError::NoSandbox(request.sandbox_id.clone()));
         }
         if !request.rootfs.is_empty() {
@@ -154,19 +153,28 @@ impl Sandbox {
         }
     }
 
-    async fn start_pod(&self, config: &Spec) -> Result<Arc<Machine>, ShimError> {
-        let mut guest = config.clone();
+    async fn start_pod(&self, config: &PodConfig) -> Result<Arc<Machine>, ShimError> {
         let pod = Pod {
             id: &self.id,
             pid: None,
         };
+        let mut guest = config.spec.clone();
         spec::translate_linux(&mut guest, &self.id, pod)?;
         let json = serde_json::to_vec(&guest).map_err(|source| ShimError::Json {
             what: "the Pod's configuration",
             path: self.id.clone().into(),
             source,
         })?;
-        let machine = self.machine(&spec::host_part(config)).await?;
+        let hostname = config.spec.hostname().as_deref().unwrap_or_default();
+        let files = self.state.etc();
+        pod_files::write(&files, hostname, config.resolv.as_deref()).map_err(|source| {
+            ShimError::File {
+                what: "writing",
+                path: files,
+                source,
+            }
+        })?;
+        let machine = self.machine(&spec::host_part(&config.spec)).await?;
         let agent = machine.agent();
         let names = StreamNames::default();
         machine
@@ -313,5 +321,85 @@ impl Sandbox {
         }
         self.finish();
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{events::Events, state_dir::StateDir};
+    use ttrpc::Code;
+
+    fn sandbox(directory: &std::path::Path) -> Arc<Sandbox> {
+        let events = Events::start(String::new(), "ns".into());
+        Arc::new(Sandbox::new(
+            "ns",
+            "pod",
+            StateDir::at(directory.to_owned()),
+            events,
+        ))
+    }
+
+    fn code<T: std::fmt::Debug>(answer: Result<T, ShimError>) -> Code {
+        match ttrpc::Error::from(answer.unwrap_err()) {
+            ttrpc::Error::RpcStatus(status) => status.code(),
+            other => panic!("{other}"),
+        }
+    }
+
+    fn request(id: &str) -> api::CreateSandboxRequest {
+        api::CreateSandboxRequest {
+            sandbox_id: id.into(),
+            ..Default::default()
+        }
+    }
+
+    #[tokio::test]
+    async fn a_pod_that_was_not_created_does_not_exist() {
+        let directory = tempfile::tempdir().unwrap();
+        let sandbox = sandbox(directory.path());
+        let me = || Arc::clone(&sandbox);
+        assert_eq!(
+            code(sandbox.create_sandbox(&request("other"))),
+            Code::NOT_FOUND
+        );
+        assert_eq!(
+            code(me().start_sandbox("pod".into()).await),
+            Code::NOT_FOUND
+        );
+        assert_eq!(code(me().stop_sandbox("pod".into()).await), Code::NOT_FOUND);
+        assert_eq!(code(me().wait_sandbox("pod".into()).await), Code::NOT_FOUND);
+        assert_eq!(code(sandbox.sandbox_status("pod")), Code::NOT_FOUND);
+        // Whose Create was refused ends all the same.
+        me().shutdown_sandbox("pod".into()).await.unwrap();
+        sandbox.finished().await;
+    }
+
+    #[tokio::test]
+    async fn a_pod_that_never_started_can_be_stopped_and_not_be_used() {
+        let directory = tempfile::tempdir().unwrap();
+        let sandbox = sandbox(directory.path());
+        let me = || Arc::clone(&sandbox);
+        sandbox.create_sandbox(&request("pod")).unwrap();
+        assert_eq!(
+            code(sandbox.create_sandbox(&request("pod"))),
+            Code::ALREADY_EXISTS
+        );
+        assert_eq!(sandbox.sandbox_status("pod").unwrap().state, NOT_READY);
+        assert_eq!(code(sandbox.ping_sandbox("pod")), Code::FAILED_PRECONDITION);
+        assert_eq!(
+            code(sandbox.sandbox_metrics("pod")),
+            Code::FAILED_PRECONDITION
+        );
+        let waiting = tokio::spawn(me().wait_sandbox("pod".into()));
+        me().stop_sandbox("pod".into()).await.unwrap();
+        me().stop_sandbox("pod".into()).await.unwrap();
+        assert_eq!(waiting.await.unwrap().unwrap().status, 0);
+        assert_eq!(
+            code(me().start_sandbox("pod".into()).await),
+            Code::FAILED_PRECONDITION
+        );
+        me().shutdown_sandbox("pod".into()).await.unwrap();
+        sandbox.finished().await;
     }
 }

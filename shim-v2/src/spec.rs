@@ -6,7 +6,7 @@
 
 use crate::{
     mounts::{Bind, MountOptionsError, parse_options},
-    pod::Pod,
+    pod::{self, Pod},
 };
 use oci_spec::runtime::{LinuxNamespaceType, Mount, Spec};
 use std::path::{Path, PathBuf};
@@ -159,6 +159,7 @@ fn translate_mounts(
     pod: Pod<'_>,
 ) -> Result<Vec<Volume>, SpecError> {
     let mut volumes = Vec::new();
+    let joins_ipc = pod::joins_ipc(spec);
     let mounts = spec
         .mounts_mut()
         .as_mut()
@@ -167,13 +168,17 @@ fn translate_mounts(
         let destination = mount.destination().clone();
         let kind = mount.typ().clone().unwrap_or_default();
         let options = mount.options().clone().unwrap_or_default();
+        if pod.is_shm(mount, joins_ipc) {
+            // Of its options only those of the mount, as a size is the file system's.
+            let access = options.iter().filter(|option| *option == "ro");
+            let access = access.cloned().chain(["bind".to_owned()]).collect();
+            mount.set_typ(Some("bind".to_owned()));
+            mount.set_source(Some(POD_SHM.into()));
+            mount.set_options(Some(access));
+            continue;
+        }
         let is_bind = |option: &String| option == "bind" || option == "rbind";
         if kind == "bind" || options.iter().any(is_bind) {
-            if pod.is_shm(mount) {
-                mount.set_typ(Some("bind".to_owned()));
-                mount.set_source(Some(POD_SHM.into()));
-                continue;
-            }
             let volume = volume(index, mount, &options)?;
             mount.set_typ(Some("bind".to_owned()));
             mount.set_source(Some(guest_base.join(volumes.len().to_string())));
@@ -314,7 +319,7 @@ mod tests {
         assert_eq!(linux.cgroups_path().as_deref(), Some(Path::new("/c1")));
         let mounts = guest.mounts().as_ref().unwrap();
         assert_eq!(mounts[0].source().as_deref(), Some(Path::new(POD_SHM)));
-        assert_eq!(mounts[0].options().as_deref().unwrap(), ["rbind", "ro"]);
+        assert_eq!(mounts[0].options().as_deref().unwrap(), ["ro", "bind"]);
         assert_eq!(volumes.len(), 1);
         assert!(mounts[1].source().as_ref().unwrap().ends_with("mounts/0"));
     }

@@ -80,6 +80,11 @@ impl StateDir {
         self.path.join("tree")
     }
 
+    /// What a Pod without a pause container shows its containers in `/etc`.
+    pub(crate) fn etc(&self) -> PathBuf {
+        self.path.join("etc")
+    }
+
     /// Removes the directory of a namespace when its last sandbox went.
     pub(crate) fn remove_empty_parent(&self) {
         if let Some(parent) = self.path.parent() {

@@ -19,6 +19,7 @@ pub mod memory;
 pub mod mounts;
 pub mod network;
 pub mod node;
+pub mod pod;
 pub mod processes;
 pub mod programs;
 pub mod requirement;

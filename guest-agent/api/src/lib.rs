@@ -19,6 +19,7 @@
 //! This crate must not do I/O.
 #![forbid(unsafe_code)]
 
+pub mod features;
 mod pod;
 mod stream;
 
