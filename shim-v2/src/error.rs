@@ -3,8 +3,8 @@
 //! containerd maps the codes to its own errors (its `errdefs` package); its clients print the message.
 
 use crate::{
-    agent::AgentError, config::ConfigError, io::IoError, machine::MachineError, spec::SpecError,
-    storage::StorageError, vm::VmError,
+    agent::AgentError, config::ConfigError, io::IoError, machine::MachineError,
+    network::NetworkError, spec::SpecError, storage::StorageError, vm::VmError,
 };
 use std::{error::Error, path::PathBuf};
 use ttrpc::Code;
@@ -119,6 +119,7 @@ impl ShimError {
             Self::Exists { .. } => Code::ALREADY_EXISTS,
             Self::State { .. } => Code::FAILED_PRECONDITION,
             Self::Unsupported(_) => Code::UNIMPLEMENTED,
+            Self::Spec(SpecError::HostNetwork) => Code::UNIMPLEMENTED,
             Self::Name { .. } | Self::Json { .. } | Self::Spec(_) => Code::INVALID_ARGUMENT,
             Self::Bundle { .. } => Code::NOT_FOUND,
             Self::VmEnded(_) => Code::UNAVAILABLE,
@@ -156,6 +157,15 @@ fn machine_code(error: &MachineError) -> Code {
         MachineError::Config(_) => Code::INVALID_ARGUMENT,
         MachineError::Cgroup(crate::cgroup::CgroupError::Path(_)) => Code::INVALID_ARGUMENT,
         MachineError::Cgroup(crate::cgroup::CgroupError::NotVersion2) => Code::FAILED_PRECONDITION,
+        MachineError::Network(error) => match error {
+            NetworkError::HostNetwork(_) | NetworkError::Unmirrorable { .. } => Code::UNIMPLEMENTED,
+            NetworkError::Namespace { .. } | NetworkError::Redirected(_) => {
+                Code::FAILED_PRECONDITION
+            }
+            NetworkError::Operation { .. }
+            | NetworkError::News(_)
+            | NetworkError::Record { .. } => Code::INTERNAL,
+        },
         MachineError::Storage(error) => match error {
             StorageError::NoVolume(_) => Code::NOT_FOUND,
             StorageError::VolumeKind { .. } | StorageError::Options { .. } => Code::UNIMPLEMENTED,

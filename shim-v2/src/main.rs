@@ -20,6 +20,7 @@ mod io;
 mod log;
 mod machine;
 mod mounts;
+mod network;
 mod process_file;
 mod sandbox;
 mod server;

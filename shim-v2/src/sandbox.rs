@@ -122,7 +122,7 @@ impl Sandbox {
     ) -> Result<(Arc<Machine>, Container), ShimError> {
         let bundle = PathBuf::from(&request.bundle);
         let host_spec = read_spec(&bundle.join("config.json"))?;
-        let part = spec::host_part(&host_spec);
+        let part = spec::host_part(&host_spec)?;
         let Translation { guest, volumes } = spec::translate(host_spec, &request.id)?;
         let json = serde_json::to_vec(&guest).map_err(|source| ShimError::Json {
             what: "the guest's configuration",
@@ -174,7 +174,10 @@ impl Sandbox {
                 Phase::Running(machine) if machine.has_exited() => {
                     return Err(ShimError::VmEnded(machine.describe_end()));
                 }
-                Phase::Running(machine) => return Ok(machine),
+                Phase::Running(machine) => {
+                    machine.refresh_network().await?;
+                    return Ok(machine);
+                }
                 Phase::Idle if self.enter(Phase::Booting, |now| matches!(now, Phase::Idle)) => {
                     return self.boot(part).await;
                 }
@@ -195,6 +198,7 @@ impl Sandbox {
                 self.phase
                     .send_replace(Phase::Running(Arc::clone(&machine)));
                 tokio::spawn(log_unexpected_end(machine.exited(), self.phase.subscribe()));
+                tokio::spawn(Arc::clone(&machine).follow_network());
                 Ok(machine)
             }
             Err(error) => {

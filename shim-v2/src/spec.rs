@@ -34,6 +34,15 @@ pub(crate) struct Volume {
     pub(crate) read_only: bool,
 }
 
+/// Where a Pod's network is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum NetworkNamespace {
+    /// Somebody has made it.
+    Path(PathBuf),
+    /// The Pod's own, empty until somebody looks for it by the Pod's process id.
+    New,
+}
+
 /// What the host's side of a sandbox takes from the configuration of its first container.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct HostPart {
@@ -43,6 +52,8 @@ pub(crate) struct HostPart {
     pub(crate) hostname: Option<String>,
     /// How readily the host's kernel kills the VM when memory is short.
     pub(crate) oom_score_adj: i32,
+    /// Where its network is.
+    pub(crate) network: NetworkNamespace,
 }
 
 /// Why a configuration is refused.
@@ -58,6 +69,11 @@ pub(crate) enum SpecError {
         /// Its path.
         path: PathBuf,
     },
+    /// No network namespace: that of whoever runs the container, which is the host.
+    #[error(
+        "linux.namespaces has no network namespace, which is the host's network (--net-host, hostNetwork); a container in a VM cannot have it"
+    )]
+    HostNetwork,
     /// A mount that isn't a bind mount and that the guest can't make.
     #[error("mounts[{index}].type {kind:?} at {destination:?} is not supported")]
     MountType {
@@ -94,9 +110,16 @@ pub(crate) enum SpecError {
 }
 
 /// What the sandbox needs from the configuration.
-pub(crate) fn host_part(spec: &Spec) -> HostPart {
+pub(crate) fn host_part(spec: &Spec) -> Result<HostPart, SpecError> {
     let linux = spec.linux().as_ref();
-    HostPart {
+    let mut namespaces = linux
+        .iter()
+        .flat_map(|linux| linux.namespaces().iter().flatten());
+    let network = namespaces
+        .find(|namespace| namespace.typ() == LinuxNamespaceType::Network)
+        .ok_or(SpecError::HostNetwork)?;
+    let path = network.path().clone().filter(|path| path != Path::new(""));
+    Ok(HostPart {
         cgroups_path: linux.and_then(|linux| linux.cgroups_path().clone()),
         hostname: spec.hostname().clone(),
         oom_score_adj: spec
@@ -104,7 +127,8 @@ pub(crate) fn host_part(spec: &Spec) -> HostPart {
             .as_ref()
             .and_then(oci_spec::runtime::Process::oom_score_adj)
             .unwrap_or(0),
-    }
+        network: path.map_or(NetworkNamespace::New, NetworkNamespace::Path),
+    })
 }
 
 /// Rewrites a configuration for the guest.
@@ -310,6 +334,27 @@ mod tests {
                 ..
             }
         ));
+    }
+
+    #[test]
+    fn a_pods_network_is_at_a_path_or_new_but_never_the_hosts() {
+        let part = |namespaces: &str| {
+            host_part(&spec(&format!(
+                r#"{{"ociVersion":"1.2.0","root":{{"path":"rootfs"}},"linux":{{"namespaces":[{namespaces}]}}}}"#
+            )))
+        };
+        let path = NetworkNamespace::Path("/run/netns/x".into());
+        for (namespaces, expected) in [
+            (r#"{"type":"network","path":"/run/netns/x"}"#, path),
+            (r#"{"type":"network","path":""}"#, NetworkNamespace::New),
+            (
+                r#"{"type":"pid"},{"type":"network"}"#,
+                NetworkNamespace::New,
+            ),
+        ] {
+            assert_eq!(part(namespaces).unwrap().network, expected);
+        }
+        assert_eq!(part(r#"{"type":"pid"}"#), Err(SpecError::HostNetwork));
     }
 
     #[test]

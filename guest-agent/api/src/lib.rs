@@ -18,6 +18,7 @@
 //! This crate must not do I/O.
 #![forbid(unsafe_code)]
 
+pub mod netlink;
 mod stream;
 
 pub use stream::{STREAM_ACCEPTED, StreamId, StreamIdError};
