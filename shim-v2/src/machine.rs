@@ -15,12 +15,12 @@ use crate::{
     storage::{Needs, Share, StorageError},
     vm::{Plan, SHARE_TAG, Vm, VmError},
 };
-use std::{future::Future, io, os::fd::OwnedFd, path::Path, sync::Arc, time::Duration};
-use tokio::{
-    io::{Interest, unix::AsyncFd},
-    task::spawn_blocking,
-    time::timeout,
+use rustix::{
+    io::Errno,
+    net::{RecvFlags, recv},
 };
+use std::{future::Future, io, os::fd::AsFd as _, path::Path, sync::Arc, time::Duration};
+use tokio::{io::Interest, net::UnixDatagram, task::spawn_blocking, time::timeout};
 use walnut_agent_api::guest;
 
 /// Between the agent's answer to Shutdown and the VMM's end.
@@ -190,8 +190,8 @@ impl Machine {
         let news = self.host.network.lock().await.news();
         let followed = async {
             let Some(news) = news? else { return Ok(()) };
-            let news =
-                AsyncFd::with_interest(news, Interest::READABLE).map_err(NetworkError::News)?;
+            // The type is tokio's for any socket of datagrams.
+            let news = UnixDatagram::from_std(news.into()).map_err(NetworkError::News)?;
             loop {
                 drain(&news).await.map_err(NetworkError::News)?;
                 if let Err(error) = self.refresh_network().await
@@ -311,9 +311,9 @@ async fn boot_on(
     };
     let (network, nics) = host.look_at_network().await?;
     let vm = Vm::boot(&plan, nics).await?;
-    host.network.lock().await.adopt(vm.pid())?;
     let hostname = part.hostname.as_deref().filter(|name| !name.is_empty());
     let set_up = async {
+        host.network.lock().await.adopt(vm.pid())?;
         let agent = Agent::connect(host.state.vsock()).await?;
         agent
             .setup(hostname.unwrap_or(DEFAULT_HOSTNAME), SHARE_TAG, &network)
@@ -335,20 +335,21 @@ async fn boot_on(
 }
 
 /// Waits until a socket has something, and reads all of it.
-async fn drain(news: &AsyncFd<OwnedFd>) -> io::Result<()> {
-    let mut ready = news.readable().await?;
+async fn drain(news: &UnixDatagram) -> io::Result<()> {
+    news.readable().await?;
+    let receive = || {
+        let mut datagram = [0; 64];
+        match recv(news.as_fd(), datagram.as_mut_slice(), RecvFlags::empty()) {
+            // Some were lost, which is news too.
+            Ok(_) | Err(Errno::NOBUFS) => Ok(()),
+            Err(error) => Err(io::Error::from(error)),
+        }
+    };
     loop {
-        let mut datagram = [0u8; 64];
-        let received = ready.try_io(|news| {
-            match rustix::net::recv(news, &mut datagram, rustix::net::RecvFlags::empty()) {
-                // Some were lost, which is news too.
-                Ok(_) | Err(rustix::io::Errno::NOBUFS) => Ok(()),
-                Err(error) => Err(error.into()),
-            }
-        });
-        match received {
-            Ok(received) => received?,
-            Err(_would_block) => return Ok(()),
+        match news.try_io(Interest::READABLE, receive) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+            Err(error) => return Err(error),
         }
     }
 }

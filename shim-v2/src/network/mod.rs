@@ -18,7 +18,7 @@ use self::{
     namespace::Namespace,
     netlink::Socket,
     record::{Record, Touched},
-    redirect::{IFF_ALLMULTI, IFF_UP, Place},
+    redirect::{IFF_ALLMULTI, IFF_UP},
     snapshot::{Lists, Snapshot},
     tap::Tap,
 };
@@ -193,16 +193,11 @@ impl PodNetwork {
         let Some(namespace) = self.namespace.clone() else {
             return Ok(Default::default());
         };
-        let taps: Vec<u32> = self
-            .attached
-            .values()
-            .map(|attached| attached.tap)
-            .collect();
         namespace.run(|| {
             let listing = || failed("listing", namespace.path());
             let socket = Socket::new().map_err(listing())?;
             let lists = Lists::read(&socket).map_err(listing())?;
-            let Snapshot { network, filtering } = Snapshot::of(&lists, &taps)?;
+            let Snapshot { network, filtering } = Snapshot::of(&lists)?;
             self.part_with(&network.interfaces);
             let mut nics = Vec::new();
             let count = network.interfaces.len();
@@ -240,7 +235,7 @@ impl PodNetwork {
                 let undo = || attached.touched.undo(&Socket::new()?);
                 undo().map_err(failed("leaving", namespace.path()))
             });
-            if let Err(error) = undone {
+            if let Err(error) = undone.and_then(|()| self.write_record()) {
                 crate::log::error("undoing what was done to an interface", &error);
             }
         }
@@ -327,7 +322,7 @@ impl PodNetwork {
         let redirected = (|| {
             self.write_record()?;
             touched.place_made =
-                redirect::make_place(socket, index).map_err(failed("preparing"))? == Place::Ours;
+                redirect::make_place(socket, index).map_err(failed("preparing"))?;
             if let Some(attached) = self.attached.get_mut(&index) {
                 attached.touched = touched;
             }
@@ -335,19 +330,15 @@ impl PodNetwork {
             redirect::make_place(socket, tap_index)
                 .and_then(|_| redirect::redirect(socket, tap_index, index))
                 .map_err(failed("redirecting to"))?;
+            // From here on nothing arrives in the namespace itself.
+            redirect::redirect(socket, index, tap_index).map_err(|source| match source.kind() {
+                io::ErrorKind::AlreadyExists => NetworkError::Redirected(interface.name.clone()),
+                _ => failed("redirecting")(source),
+            })?;
             if all_multicast {
                 redirect::set_link(socket, index, IFF_ALLMULTI, IFF_ALLMULTI, None)
                     .map_err(failed("taking all multicast packets of"))?;
             }
-            // Last: from here on nothing arrives in the namespace itself.
-            redirect::redirect(socket, index, tap_index).map_err(|source| match source.kind() {
-                io::ErrorKind::AlreadyExists => {
-                    // The filter is another's, and stays.
-                    self.attached.remove(&index);
-                    NetworkError::Redirected(interface.name.clone())
-                }
-                _ => failed("redirecting")(source),
-            })?;
             let vhost = tap::vhost(queues).map_err(failed("opening /dev/vhost-net for"))?;
             Ok(vhost)
         })();
@@ -359,6 +350,12 @@ impl PodNetwork {
                 tap,
                 vhost,
             }),
+            Err(NetworkError::Redirected(name)) => {
+                // The filter is another's, and stays.
+                self.attached.remove(&index);
+                self.write_record()?;
+                Err(NetworkError::Redirected(name))
+            }
             Err(error) => {
                 self.give_up(index);
                 Err(error)

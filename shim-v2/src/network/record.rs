@@ -4,7 +4,7 @@ use super::{
     NetworkError,
     namespace::{Identity, Namespace},
     netlink::Socket,
-    redirect::{self, IFF_ALLMULTI, Place},
+    redirect::{self, IFF_ALLMULTI},
 };
 use serde::{Deserialize, Serialize};
 use std::{
@@ -44,12 +44,7 @@ impl Record {
 impl Touched {
     /// Leaves the interface as it was found. What has gone is fine.
     pub(super) fn undo(self, socket: &Socket) -> io::Result<()> {
-        let place = if self.place_made {
-            Place::Ours
-        } else {
-            Place::Anothers
-        };
-        redirect::undo(socket, self.index, place)?;
+        redirect::undo(socket, self.index, self.place_made)?;
         if self.all_multicast {
             let undone = redirect::set_link(socket, self.index, 0, IFF_ALLMULTI, None);
             redirect::absent_is_fine(undone)?;

@@ -36,20 +36,11 @@ pub(super) const IFF_UP: u32 = 0x1;
 pub(super) const IFF_ALLMULTI: u32 = 0x200;
 pub(super) const IFLA_MTU: u16 = 4;
 
-/// Whether the place for filters was made for us, or is another's.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Place {
-    Ours,
-    Anothers,
-}
-
-/// Makes a place for filters on an interface, if it has none.
-pub(super) fn make_place(socket: &Socket, index: u32) -> io::Result<Place> {
-    let mut request = header(index, CLSACT_HANDLE, CLSACT, 0);
-    push(&mut request, TCA_KIND, b"clsact\0");
-    match socket.change(RTM_NEWQDISC, Mode::Create, &request) {
-        Ok(()) => Ok(Place::Ours),
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(Place::Anothers),
+/// Makes a place for filters on an interface; false if somebody has made it already.
+pub(super) fn make_place(socket: &Socket, index: u32) -> io::Result<bool> {
+    match socket.change(RTM_NEWQDISC, Mode::Create, &place(index)) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
         Err(error) => Err(error),
     }
 }
@@ -75,15 +66,13 @@ pub(super) fn redirect(socket: &Socket, from: u32, to: u32) -> io::Result<()> {
     socket.change(RTM_NEWTFILTER, Mode::Create, &request)
 }
 
-/// Undoes [`redirect`] and [`make_place`]; what has gone already is fine.
-pub(super) fn undo(socket: &Socket, index: u32, place: Place) -> io::Result<()> {
+/// Undoes [`redirect`] and, if that made it, [`make_place`]; what has gone already is fine.
+pub(super) fn undo(socket: &Socket, index: u32, place_made: bool) -> io::Result<()> {
     absent_is_fine(socket.change(RTM_DELTFILTER, Mode::Change, &filter(index)))?;
-    if place == Place::Anothers {
-        return Ok(());
+    if place_made {
+        absent_is_fine(socket.change(RTM_DELQDISC, Mode::Change, &place(index)))?;
     }
-    let mut request = header(index, CLSACT_HANDLE, CLSACT, 0);
-    push(&mut request, TCA_KIND, b"clsact\0");
-    absent_is_fine(socket.change(RTM_DELQDISC, Mode::Change, &request))
+    Ok(())
 }
 
 /// Changes flags of an interface, those in `mask`, and its MTU.
@@ -117,6 +106,12 @@ pub(super) fn absent_is_fine(result: io::Result<()>) -> io::Result<()> {
         }
         other => other,
     }
+}
+
+fn place(index: u32) -> Vec<u8> {
+    let mut request = header(index, CLSACT_HANDLE, CLSACT, 0);
+    push(&mut request, TCA_KIND, b"clsact\0");
+    request
 }
 
 fn filter(index: u32) -> Vec<u8> {

@@ -3,7 +3,7 @@
 //! Reading and judging apart: [`Lists`] is read, [`Snapshot`] is made from it without any I/O. What can't be mirrored is
 //! refused by name, or left out where the guest's kernel makes it by itself.
 
-use super::{NetworkError, netlink::Socket};
+use super::{NetworkError, netlink::Socket, tap::TAP_PREFIX};
 use std::io;
 use walnut_agent_api::{
     guest::{self, Interface},
@@ -120,10 +120,10 @@ pub(super) struct Snapshot {
 }
 
 impl Snapshot {
-    /// Judges what was read. `taps` are the Walnut's own.
-    pub(super) fn of(lists: &Lists, taps: &[u32]) -> Result<Self, NetworkError> {
+    /// Judges what was read.
+    pub(super) fn of(lists: &Lists) -> Result<Self, NetworkError> {
         let links = lists.links.iter().filter_map(|body| Link::parse(body));
-        let links: Vec<_> = links.filter(|link| !taps.contains(&link.index)).collect();
+        let links: Vec<_> = links.filter(|link| !link.is_walnuts()).collect();
         let mut snapshot = Self::default();
         for link in &links {
             if !link.is_mirrored(&links)? {
@@ -189,6 +189,11 @@ impl Link {
             lower: number(IFLA_LINK).filter(|lower| *lower != 0 && !elsewhere),
             master: number(IFLA_MASTER),
         })
+    }
+
+    /// Whether it is a tap that a sandbox has made.
+    fn is_walnuts(&self) -> bool {
+        self.kind == "tun" && self.name.starts_with(TAP_PREFIX)
     }
 
     /// Whether the guest gets it, among the others of its namespace.
@@ -317,4 +322,170 @@ fn is_of_user(body: &&Vec<u8>) -> bool {
 fn text(value: &[u8]) -> String {
     let name = value.split(|byte| *byte == 0).next().unwrap_or_default();
     String::from_utf8_lossy(name).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn link(index: u32, name: &str, kind: &str, hardware: u16) -> Vec<u8> {
+        let mut body = vec![0, 0];
+        body.extend(hardware.to_ne_bytes());
+        body.extend(index.to_ne_bytes());
+        body.extend((IFF_UP | 0x1_0042).to_ne_bytes());
+        body.extend([0; 4]);
+        push(&mut body, IFLA_IFNAME, name.as_bytes());
+        push(&mut body, IFLA_ADDRESS, &[2, 0, 0, 0, 0, 1]);
+        push(&mut body, IFLA_MTU, &1400u32.to_ne_bytes());
+        let mut info = Vec::new();
+        push(&mut info, IFLA_INFO_KIND, kind.as_bytes());
+        push_nested(&mut body, IFLA_LINKINFO, &info);
+        body
+    }
+
+    fn with(mut body: Vec<u8>, kind: u16, value: u32) -> Vec<u8> {
+        push(&mut body, kind, &value.to_ne_bytes());
+        body
+    }
+
+    fn judge(links: Vec<Vec<u8>>) -> Result<Vec<String>, NetworkError> {
+        let lists = Lists {
+            links,
+            ..Lists::default()
+        };
+        let interfaces = Snapshot::of(&lists)?.network.interfaces;
+        Ok(interfaces
+            .into_iter()
+            .map(|interface| interface.name)
+            .collect())
+    }
+
+    #[test]
+    fn what_has_ethernets_packets_is_mirrored_but_for_ports_and_taps_of_walnut() {
+        let down = {
+            let mut tunnel = link(2, "tunl0", "ipip", 768);
+            set_u32(&mut tunnel, 8, 0);
+            tunnel
+        };
+        let names = judge(vec![
+            link(1, "lo", "", ARPHRD_LOOPBACK),
+            down,
+            link(3, "eth0", "veth", ARPHRD_ETHER),
+            with(
+                link(4, "net1", "macvlan", ARPHRD_ETHER),
+                IFLA_LINK_NETNSID,
+                0,
+            ),
+            link(5, "br0", "bridge", ARPHRD_ETHER),
+            with(link(6, "port", "veth", ARPHRD_ETHER), IFLA_MASTER, 5),
+            link(7, "walnut0", "tun", ARPHRD_ETHER),
+            link(8, "tap0", "tun", ARPHRD_ETHER),
+        ]);
+        assert_eq!(names.unwrap(), ["eth0", "net1", "br0", "tap0"]);
+    }
+
+    #[test]
+    fn what_cannot_be_mirrored_is_named() {
+        let wireguard = link(2, "wg0", "wireguard", 65534);
+        let upon = with(link(4, "eth0.7", "vlan", ARPHRD_ETHER), IFLA_LINK, 3);
+        for (links, expected) in [
+            (vec![wireguard], "\"wg0\" of kind \"wireguard\""),
+            (
+                vec![link(3, "eth0", "veth", ARPHRD_ETHER), upon],
+                "\"eth0.7\"",
+            ),
+        ] {
+            let error = judge(links).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+    }
+
+    fn address_of(family: u8, index: u32, flags: u32, value: &[u8]) -> Vec<u8> {
+        let mut body = vec![family, 24, 0x80, 0];
+        body.extend(index.to_ne_bytes());
+        push(&mut body, IFA_ADDRESS, value);
+        push(&mut body, IFA_FLAGS, &flags.to_ne_bytes());
+        body
+    }
+
+    #[test]
+    fn addresses_keep_what_they_are_and_bring_no_route() {
+        let flags = |body: &[u8]| {
+            address(body, &[1, 3]).map(|message| {
+                assert_eq!(message[2], 0);
+                u32_at(attribute(&message, ADDRESS_BYTES, IFA_FLAGS).unwrap(), 0).unwrap()
+            })
+        };
+        let (v4, v6) = ([10, 0, 0, 1], [0xfd; 16]);
+        let permanent = IFA_F_PERMANENT;
+        for (body, expected) in [
+            (
+                address_of(AF_INET, 3, permanent, &v4),
+                Some(IFA_F_NOPREFIXROUTE),
+            ),
+            (
+                address_of(AF_INET6, 3, permanent, &v6),
+                Some(IFA_F_NOPREFIXROUTE | IFA_F_NODAD),
+            ),
+            (
+                address_of(AF_INET6, 3, permanent | IFA_F_TENTATIVE, &v6),
+                Some(IFA_F_NOPREFIXROUTE),
+            ),
+            (
+                address_of(AF_INET6, 3, permanent | IFA_F_DADFAILED, &v6),
+                None,
+            ),
+            (address_of(AF_INET6, 3, 0, &v6), None),
+            (address_of(AF_INET, 9, permanent, &v4), None),
+            (address_of(AF_INET, 1, permanent, &[127, 0, 0, 1]), None),
+            (
+                address_of(AF_INET, 1, permanent, &v4),
+                Some(IFA_F_NOPREFIXROUTE),
+            ),
+        ] {
+            assert_eq!(flags(&body), expected, "{body:?}");
+        }
+    }
+
+    fn route_of(table: u8, protocol: u8, kind: u8, flags: u32) -> Vec<u8> {
+        let mut body = vec![AF_INET, 24, 0, 0, table, protocol, 0, kind];
+        body.extend(flags.to_ne_bytes());
+        push(&mut body, RTA_OIF, &3u32.to_ne_bytes());
+        push(&mut body, RTA_CACHEINFO, &[0; 32]);
+        body
+    }
+
+    #[test]
+    fn routes_that_the_guest_makes_or_learns_are_left_out() {
+        for (body, is_told) in [
+            (route_of(254, RTPROT_KERNEL, RTN_UNICAST, 0), true),
+            (route_of(254, 3, RTN_UNICAST, RTNH_F_ONLINK | 0x10), true),
+            (route_of(255, RTPROT_KERNEL, 2, 0), false),
+            (route_of(255, 3, 2, 0), true),
+            (route_of(254, RTPROT_RA, RTN_UNICAST, 0), false),
+            (route_of(254, 3, RTN_UNICAST, RTM_F_CLONED), false),
+        ] {
+            let message = route(&body);
+            assert_eq!(message.is_some(), is_told, "{body:?}");
+            for message in message.iter() {
+                assert_eq!(u32_at(message, 8).unwrap() & !RTNH_F_ONLINK, 0);
+                assert_eq!(attribute(message, HEADER_BYTES, RTA_CACHEINFO), None);
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_list_is_judged(bytes in proptest::collection::vec(any::<u8>(), 0..96)) {
+            let lists = Lists {
+                links: vec![bytes.clone()],
+                addresses: vec![bytes.clone()],
+                neighbours: vec![bytes.clone()],
+                routes: vec![bytes.clone()],
+                rules: vec![bytes],
+            };
+            let _ = Snapshot::of(&lists);
+        }
+    }
 }

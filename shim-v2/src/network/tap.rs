@@ -20,8 +20,10 @@ const IFF_MULTI_QUEUE: u16 = 0x0100;
 const IFF_NO_PI: u16 = 0x1000;
 const IFF_VNET_HDR: u16 = 0x4000;
 const NAME_BYTES: usize = 16;
-/// The kernel puts a number in place of the last two letters.
-const NAME: &[u8] = b"walnut%d";
+/// How the names of taps begin.
+pub(super) const TAP_PREFIX: &str = "walnut";
+/// The kernel puts a number in place of it.
+const NUMBER: &[u8] = b"%d";
 
 /// `struct ifreq` with flags.
 #[repr(C)]
@@ -43,7 +45,12 @@ impl Tap {
     /// Makes a tap whose packets have a virtio header.
     pub(super) fn create(queues: usize) -> io::Result<Self> {
         let mut name = [0; NAME_BYTES];
-        name[..NAME.len()].copy_from_slice(NAME);
+        for (to, from) in name
+            .iter_mut()
+            .zip(TAP_PREFIX.as_bytes().iter().chain(NUMBER))
+        {
+            *to = *from;
+        }
         let mut flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR;
         if queues > 1 {
             flags |= IFF_MULTI_QUEUE;
