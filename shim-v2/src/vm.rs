@@ -48,7 +48,7 @@ pub(crate) const SHARE_TAG: &str = "walnut";
 /// The vsock device's other side is a Unix socket of this VM alone, so every guest may have the same id.
 const GUEST_CID: u32 = 3;
 /// Free memory is reported in pieces of 64 KiB, not only in whole huge pages: an idle Pod keeps less.
-const CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=k random.trust_cpu=on \
+const CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=k random.trust_cpu=on dummy.numdummies=0 \
     page_reporting.page_reporting_order=4";
 /// From spawn to the guest's init, on the slowest machine that we test on.
 const BOOT_DEADLINE: Duration = Duration::from_secs(120);

@@ -120,7 +120,7 @@ const DONE: &str = "
 
 /// Answers everything with itself, on all that a container has.
 const ECHO: &str = "
-    socat -b 65536 TCP6-LISTEN:7,fork,reuseaddr,ipv6only=0 PIPE &
+    socat TCP6-LISTEN:7,fork,reuseaddr,ipv6only=0 EXEC:cat &
     socat -b 65536 UDP6-RECVFROM:7,fork,reuseaddr,ipv6only=0 PIPE &
     socat UDP4-RECVFROM:77,fork,reuseaddr,ip-add-membership=239.1.2.3:eth0 PIPE &
     exec sleep 100000";
@@ -393,7 +393,7 @@ fn interfaces_come_and_go() -> Result<()> {
     let leak = Leak::watch()?;
     let run = Runtime::Walnut.run(DEBIAN).flag(TOOLS);
     let container = run
-        .shell("socat TCP6-LISTEN:7,fork,reuseaddr,ipv6only=0 PIPE & exec sleep 100000")
+        .shell("socat TCP6-LISTEN:7,fork,reuseaddr,ipv6only=0 EXEC:cat & exec sleep 100000")
         .detach()?;
     let alone = container
         .shell("ip -o link | wc -l; ping -c 1 -w 30 ::1 > /dev/null && echo loopback")?
