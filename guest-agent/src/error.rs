@@ -2,7 +2,12 @@
 //!
 //! containerd turns a code into its own error of that name, by which clients decide. Must not log.
 
-use crate::{container::refuse::SpecError, guest::GuestError, stdio::StdioError, task::TaskError};
+use crate::{
+    container::refuse::SpecError,
+    guest::{GuestError, network::NetworkError},
+    stdio::StdioError,
+    task::TaskError,
+};
 use std::error::Error;
 use ttrpc::{Code, get_status};
 
@@ -49,11 +54,14 @@ impl From<TaskError> for ttrpc::Error {
 impl From<GuestError> for ttrpc::Error {
     fn from(error: GuestError) -> Self {
         let code = match &error {
-            GuestError::SetUpAlready => Code::FAILED_PRECONDITION,
+            GuestError::SetUpAlready | GuestError::NotSetUp => Code::FAILED_PRECONDITION,
+            GuestError::Network(NetworkError::Interface(..) | NetworkError::Message(_)) => {
+                Code::INVALID_ARGUMENT
+            }
             GuestError::Hostname(_) | GuestError::Clock(_) | GuestError::Tag(_) => {
                 Code::INVALID_ARGUMENT
             }
-            GuestError::System { .. } => Code::INTERNAL,
+            GuestError::System { .. } | GuestError::Network(_) => Code::INTERNAL,
         };
         status(&error, code)
     }

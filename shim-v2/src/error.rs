@@ -4,7 +4,8 @@
 
 use crate::{
     agent::AgentError, config::ConfigError, io::IoError, machine::MachineError,
-    pod_config::PodConfigError, spec::SpecError, storage::StorageError, vm::VmError,
+    network::NetworkError, pod_config::PodConfigError, spec::SpecError, storage::StorageError,
+    vm::VmError,
 };
 use std::{error::Error, path::PathBuf};
 use ttrpc::Code;
@@ -176,6 +177,15 @@ fn machine_code(error: &MachineError) -> Code {
         MachineError::Config(_) => Code::INVALID_ARGUMENT,
         MachineError::Cgroup(crate::cgroup::CgroupError::Path(_)) => Code::INVALID_ARGUMENT,
         MachineError::Cgroup(crate::cgroup::CgroupError::NotVersion2) => Code::FAILED_PRECONDITION,
+        MachineError::Network(error) => match error {
+            NetworkError::HostNetwork(_) | NetworkError::Unmirrorable { .. } => Code::UNIMPLEMENTED,
+            NetworkError::Namespace { .. } | NetworkError::Redirected(_) => {
+                Code::FAILED_PRECONDITION
+            }
+            NetworkError::Operation { .. }
+            | NetworkError::News(_)
+            | NetworkError::Record { .. } => Code::INTERNAL,
+        },
         MachineError::Storage(error) => match error {
             StorageError::NoVolume(_) => Code::NOT_FOUND,
             StorageError::VolumeKind { .. } | StorageError::Options { .. } => Code::UNIMPLEMENTED,

@@ -21,6 +21,7 @@ mod io;
 mod log;
 mod machine;
 mod mounts;
+mod network;
 mod pod;
 mod pod_config;
 mod pod_files;

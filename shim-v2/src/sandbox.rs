@@ -145,7 +145,7 @@ impl Sandbox {
             Stage::Ready { .. } => pod_files::mount(&mut host_spec, &self.state.etc()),
             stage => return Err(state_error("use sandbox", &self.id, stage.name())),
         }
-        let part = spec::host_part(&host_spec);
+        let part = spec::host_part(&host_spec)?;
         let is_sandbox = pod::is_sandbox(&host_spec);
         let pod = Pod {
             id: &self.id,
@@ -203,7 +203,10 @@ impl Sandbox {
                 Phase::Running(machine) if machine.has_exited() => {
                     return Err(ShimError::VmEnded(machine.describe_end()));
                 }
-                Phase::Running(machine) => return Ok(machine),
+                Phase::Running(machine) => {
+                    machine.refresh_network().await?;
+                    return Ok(machine);
+                }
                 Phase::Idle if !self.may_boot() => {
                     let stage = self.stage.borrow();
                     return Err(state_error("use sandbox", &self.id, stage.name()));
@@ -232,6 +235,7 @@ impl Sandbox {
                 self.phase
                     .send_replace(Phase::Running(Arc::clone(&machine)));
                 tokio::spawn(log_unexpected_end(machine.exited(), self.phase.subscribe()));
+                tokio::spawn(Arc::clone(&machine).follow_network());
                 Ok(machine)
             }
             Err(error) => {

@@ -174,7 +174,8 @@ impl Sandbox {
                 source,
             }
         })?;
-        let machine = self.machine(&spec::host_part(&config.spec)).await?;
+        let part = spec::host_part(&config.spec)?;
+        let machine = self.machine(&part).await?;
         let agent = machine.agent();
         let names = StreamNames::default();
         machine

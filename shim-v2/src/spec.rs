@@ -37,6 +37,15 @@ pub(crate) struct Volume {
     pub(crate) read_only: bool,
 }
 
+/// Where a Pod's network is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum NetworkNamespace {
+    /// Somebody has made it.
+    Path(PathBuf),
+    /// The Pod's own, empty until somebody looks for it by the Pod's process id.
+    New,
+}
+
 /// What the host's side of a sandbox takes from the configuration of its first container.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct HostPart {
@@ -46,6 +55,8 @@ pub(crate) struct HostPart {
     pub(crate) hostname: Option<String>,
     /// How readily the host's kernel kills the VM when memory is short.
     pub(crate) oom_score_adj: i32,
+    /// Where its network is.
+    pub(crate) network: NetworkNamespace,
 }
 
 /// Why a configuration is refused.
@@ -105,9 +116,18 @@ pub(crate) enum SpecError {
 }
 
 /// What the sandbox needs from the configuration.
-pub(crate) fn host_part(spec: &Spec) -> HostPart {
+pub(crate) fn host_part(spec: &Spec) -> Result<HostPart, SpecError> {
     let linux = spec.linux().as_ref();
-    HostPart {
+    let mut namespaces = linux
+        .iter()
+        .flat_map(|linux| linux.namespaces().iter().flatten());
+    let network = namespaces
+        .find(|namespace| namespace.typ() == LinuxNamespaceType::Network)
+        .ok_or(SpecError::SharesHost {
+            kind: LinuxNamespaceType::Network,
+        })?;
+    let path = network.path().clone().filter(|path| path != Path::new(""));
+    Ok(HostPart {
         cgroups_path: linux.and_then(|linux| linux.cgroups_path().clone()),
         hostname: spec.hostname().clone(),
         oom_score_adj: spec
@@ -115,7 +135,8 @@ pub(crate) fn host_part(spec: &Spec) -> HostPart {
             .as_ref()
             .and_then(oci_spec::runtime::Process::oom_score_adj)
             .unwrap_or(0),
-    }
+        network: path.map_or(NetworkNamespace::New, NetworkNamespace::Path),
+    })
 }
 
 /// Rewrites a configuration for the guest.
@@ -322,6 +343,32 @@ mod tests {
         assert_eq!(mounts[0].options().as_deref().unwrap(), ["ro", "bind"]);
         assert_eq!(volumes.len(), 1);
         assert!(mounts[1].source().as_ref().unwrap().ends_with("mounts/0"));
+    }
+
+    #[test]
+    fn a_pods_network_is_at_a_path_or_new_but_never_the_hosts() {
+        let part = |namespaces: &str| {
+            host_part(&spec(&format!(
+                r#"{{"ociVersion":"1.2.0","root":{{"path":"rootfs"}},"linux":{{"namespaces":[{namespaces}]}}}}"#
+            )))
+        };
+        let path = NetworkNamespace::Path("/run/netns/x".into());
+        for (namespaces, expected) in [
+            (r#"{"type":"network","path":"/run/netns/x"}"#, path),
+            (r#"{"type":"network","path":""}"#, NetworkNamespace::New),
+            (
+                r#"{"type":"pid"},{"type":"network"}"#,
+                NetworkNamespace::New,
+            ),
+        ] {
+            assert_eq!(part(namespaces).unwrap().network, expected);
+        }
+        assert_eq!(
+            part(r#"{"type":"pid"}"#),
+            Err(SpecError::SharesHost {
+                kind: LinuxNamespaceType::Network
+            })
+        );
     }
 
     #[test]

@@ -60,6 +60,11 @@ impl StateDir {
         self.path.join("cgroup")
     }
 
+    /// What was changed in the Pod's network namespace.
+    pub(crate) fn network(&self) -> PathBuf {
+        self.path.join("network")
+    }
+
     /// What the guest's kernel and agent print.
     pub(crate) fn console(&self) -> PathBuf {
         self.path.join("console.log")

@@ -8,6 +8,7 @@ pub mod answer;
 pub mod bare;
 pub mod bundle;
 pub mod command;
+pub mod cri;
 pub mod ctr;
 pub mod deadline;
 pub mod ended;

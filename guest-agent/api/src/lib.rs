@@ -20,6 +20,7 @@
 #![forbid(unsafe_code)]
 
 pub mod features;
+pub mod netlink;
 mod pod;
 mod stream;
 
