@@ -161,7 +161,8 @@ fn pause(request: &CreateSandboxRequest, config: &Fields) -> Result<Spec, PodCon
             namespaces.push(json!({ "type": kind }));
         }
     }
-    if !request.netns_path.is_empty() {
+    // Without a path it is a new one.
+    if modes.number(1) != NODE {
         namespaces.push(json!({ "type": "network", "path": request.netns_path }));
     }
     let spec = json!({
@@ -290,7 +291,7 @@ mod tests {
             .iter()
             .map(|namespace| namespace["type"].as_str().unwrap())
             .collect();
-        assert_eq!(kinds, ["mount", "cgroup", "pid", "network"]);
+        assert_eq!(kinds, ["mount", "cgroup", "pid"]);
         assert_eq!(spec["hostname"], "");
     }
 

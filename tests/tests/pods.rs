@@ -244,15 +244,15 @@ fn a_pause_container_holds_its_pod_and_ends_it() -> Result<()> {
     // Whoever names another's namespace, or none, gets none.
     for (list, named) in [
         (
-            json!([{"type": "mount"}, {"type": "pid"}, {"type": "ipc", "path": "/proc/1/ns/ipc"}]),
+            json!([{"type": "mount"}, {"type": "network"}, {"type": "pid"}, {"type": "ipc", "path": "/proc/1/ns/ipc"}]),
             "/proc/1/ns/ipc",
         ),
         (
-            json!([{"type": "mount"}, {"type": "pid"}]),
+            json!([{"type": "mount"}, {"type": "network"}, {"type": "pid"}]),
             "no ipc namespace",
         ),
         (
-            json!([{"type": "mount"}, {"type": "ipc"}]),
+            json!([{"type": "mount"}, {"type": "network"}, {"type": "ipc"}]),
             "no pid namespace",
         ),
     ] {
