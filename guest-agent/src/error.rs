@@ -2,7 +2,10 @@
 //!
 //! containerd turns a code into its own error of that name, by which clients decide. Must not log.
 
-use crate::{container::refuse::SpecError, guest::GuestError, stdio::StdioError, task::TaskError};
+use crate::{
+    container::refuse::SpecError, guest::GuestError, stdio::StdioError, storage::StorageError,
+    task::TaskError,
+};
 use std::error::Error;
 use ttrpc::{Code, get_status};
 
@@ -53,6 +56,17 @@ impl From<GuestError> for ttrpc::Error {
                 Code::INVALID_ARGUMENT
             }
             GuestError::System { .. } => Code::INTERNAL,
+        };
+        status(&error, code)
+    }
+}
+
+impl From<StorageError> for ttrpc::Error {
+    fn from(error: StorageError) -> Self {
+        let code = match &error {
+            StorageError::Exists(_) => Code::ALREADY_EXISTS,
+            StorageError::Request(_) => Code::INVALID_ARGUMENT,
+            StorageError::NoDisk(_) | StorageError::System { .. } => Code::INTERNAL,
         };
         status(&error, code)
     }

@@ -3,8 +3,8 @@
 //! containerd maps the codes to its own errors (its `errdefs` package); its clients print the message.
 
 use crate::{
-    agent::AgentError, config::ConfigError, io::IoError, machine::MachineError, spec::SpecError,
-    storage::StorageError, vm::VmError,
+    agent::AgentError, blocks::BlocksError, config::ConfigError, io::IoError,
+    machine::MachineError, spec::SpecError, storage::StorageError, vm::VmError,
 };
 use std::{error::Error, path::PathBuf};
 use ttrpc::Code;
@@ -165,18 +165,23 @@ fn machine_code(error: &MachineError) -> Code {
         MachineError::Vm(VmError::Image { .. } | VmError::Unbootable { .. } | VmError::Kvm(_)) => {
             Code::FAILED_PRECONDITION
         }
-        MachineError::Vm(VmError::Refused { kind, .. }) => match kind {
-            FailureKind::Image | FailureKind::Kvm | FailureKind::State => Code::FAILED_PRECONDITION,
-            FailureKind::Config => Code::INVALID_ARGUMENT,
-            FailureKind::NotFound => Code::NOT_FOUND,
-            FailureKind::Unsupported => Code::UNIMPLEMENTED,
-            FailureKind::Full => Code::RESOURCE_EXHAUSTED,
-            FailureKind::Internal => Code::INTERNAL,
-        },
-        MachineError::Vm(VmError::Deadline { .. }) => Code::DEADLINE_EXCEEDED,
-        MachineError::Agent(error) => agent_code(error),
+        MachineError::Vm(VmError::Refused { kind, .. } | VmError::Request { kind, .. }) => {
+            match kind {
+                FailureKind::Image | FailureKind::Kvm | FailureKind::State => {
+                    Code::FAILED_PRECONDITION
+                }
+                FailureKind::Config => Code::INVALID_ARGUMENT,
+                FailureKind::NotFound => Code::NOT_FOUND,
+                FailureKind::Unsupported => Code::UNIMPLEMENTED,
+                FailureKind::Full => Code::RESOURCE_EXHAUSTED,
+                FailureKind::Internal => Code::INTERNAL,
+            }
+        }
+        MachineError::Vm(VmError::Deadline { .. } | VmError::NoAnswer) => Code::DEADLINE_EXCEEDED,
+        MachineError::Agent(error) | MachineError::Disks(error) => agent_code(error),
         MachineError::Vm(_) | MachineError::Ended(_) => Code::UNAVAILABLE,
-        MachineError::Cgroup(_) | MachineError::Task(_) => Code::INTERNAL,
+        MachineError::Blocks(BlocksError::NoDevice { .. }) => Code::NOT_FOUND,
+        MachineError::Blocks(_) | MachineError::Cgroup(_) | MachineError::Task(_) => Code::INTERNAL,
     }
 }
 

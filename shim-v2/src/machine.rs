@@ -5,17 +5,26 @@
 
 use crate::{
     agent::{Agent, AgentError},
+    blocks::{self, Blocks, BlocksError, Writes},
     cgroup::{Cgroup, CgroupError},
     config::{Config, ConfigError},
     error::ShimError,
     log,
     spec::HostPart,
     state_dir::StateDir,
-    storage::{Needs, Share, StorageError},
+    storage::{Needs, Root, Share, StorageError},
     vm::{Plan, SHARE_TAG, Vm, VmError},
 };
-use std::{future::Future, io, path::Path, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    future::Future,
+    io,
+    path::Path,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 use tokio::{task::spawn_blocking, time::timeout};
+use walnut_agent_api::guest;
 
 /// Between the agent's answer to Shutdown and the VMM's end.
 const POWER_OFF_DEADLINE: Duration = Duration::from_secs(15);
@@ -39,6 +48,12 @@ pub(crate) enum MachineError {
     /// The VM.
     #[error(transparent)]
     Vm(#[from] VmError),
+    /// Files and devices for disks.
+    #[error(transparent)]
+    Blocks(#[from] BlocksError),
+    /// The guest's part of them.
+    #[error("the guest cannot use the container's disks")]
+    Disks(#[source] AgentError),
     /// The agent.
     #[error("the guest booted, but cannot be set up")]
     Agent(#[from] AgentError),
@@ -63,6 +78,9 @@ pub(crate) struct Machine {
     vm: Vm,
     agent: Agent,
     host: HostResources,
+    writable_layer_mib: u32,
+    /// The VMM's names of the disks of each container.
+    disks: Mutex<HashMap<String, Vec<String>>>,
 }
 
 impl Machine {
@@ -76,7 +94,13 @@ impl Machine {
         let host = HostResources::acquire(state, fallback_cgroup, part)?;
         let booted = boot_on(&host, &config, part).await;
         match booted {
-            Ok((vm, agent)) => Ok(Self { vm, agent, host }),
+            Ok((vm, agent)) => Ok(Self {
+                vm,
+                agent,
+                host,
+                writable_layer_mib: config.writable_layer_mib,
+                disks: Mutex::default(),
+            }),
             Err(error) => {
                 host.release().await;
                 Err(error)
@@ -135,14 +159,91 @@ impl Machine {
         self.vm.kill().await;
     }
 
-    /// Mounts what a container needs.
-    pub(crate) async fn expose(&self, needs: Needs) -> Result<(), MachineError> {
+    /// Attaches and mounts what a container needs; answers the guest's numbers of its block devices. Leaves nothing
+    /// behind on failure.
+    pub(crate) async fn expose(&self, needs: Needs) -> Result<Vec<(u32, u32)>, MachineError> {
+        let id = needs.container_id.clone();
+        let exposed = self.expose_all(needs).await;
+        if exposed.is_err()
+            && let Err(error) = self.withdraw(&id).await
+        {
+            log::error("undoing what a container needed", &error);
+        }
+        exposed
+    }
+
+    async fn expose_all(&self, needs: Needs) -> Result<Vec<(u32, u32)>, MachineError> {
+        let writes = Writes {
+            read_only_root: needs.read_only_root,
+            guest_bytes: u64::from(self.writable_layer_mib) << 20,
+        };
+        let (needs, blocks) = spawn_blocking(move || -> Result<_, MachineError> {
+            // Without the table of mounts no layer is an image, and the host mounts what there is.
+            let mountinfo = std::fs::read("/proc/self/mountinfo").unwrap_or_default();
+            let recipe = blocks::recipe(&needs.rootfs, writes, &mountinfo);
+            let blocks = Blocks::open(recipe.as_ref(), &needs.devices)?;
+            Ok((needs, blocks))
+        })
+        .await??;
+        let mut request = guest::AddStorageRequest {
+            container_id: needs.container_id.clone(),
+            scratch_bytes: blocks.scratch_bytes,
+            ..Default::default()
+        };
+        for disk in &blocks.disks {
+            let name = self.vm.attach_disk(disk).await?;
+            request.disks.push(disk.told(&name));
+            self.disks()
+                .entry(needs.container_id.clone())
+                .or_default()
+                .push(name);
+        }
+        let root = if blocks.images.is_empty() {
+            Root::OnHost
+        } else {
+            Root::InGuest
+        };
+        request.images = blocks.images;
         let share = Arc::clone(&self.host.share);
-        Ok(spawn_blocking(move || share.expose(&needs)).await??)
+        spawn_blocking(move || share.expose(&needs, root)).await??;
+        if request.disks.is_empty() {
+            return Ok(Vec::new());
+        }
+        let numbers = tokio::select! {
+            biased;
+            numbers = self.agent.add_storage(&request) => numbers.map_err(MachineError::Disks)?,
+            () = self.vm.exited() => return Err(MachineError::Ended(self.describe_end())),
+        };
+        Ok(numbers
+            .get(blocks.first_device..)
+            .unwrap_or_default()
+            .to_vec())
+    }
+
+    fn disks(&self) -> MutexGuard<'_, HashMap<String, Vec<String>>> {
+        self.disks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Undoes [`Machine::expose`]. A second time does nothing.
     pub(crate) async fn withdraw(&self, container_id: &str) -> Result<(), MachineError> {
+        let names = self.disks().remove(container_id).unwrap_or_default();
+        if !names.is_empty() && !self.has_exited() {
+            let released = tokio::select! {
+                released = self.agent.remove_storage(container_id) => released,
+                () = self.vm.exited() => Ok(()),
+            };
+            if let Err(error) = released {
+                log::error("the guest does not let go of a container's disks", &error);
+            }
+            // What the guest holds on to it loses.
+            for name in names {
+                if let Err(error) = self.vm.detach(name).await
+                    && !self.has_exited()
+                {
+                    log::error("detaching a disk", &error);
+                }
+            }
+        }
         let share = Arc::clone(&self.host.share);
         let container_id = container_id.to_owned();
         Ok(spawn_blocking(move || share.withdraw(&container_id)).await??)

@@ -11,7 +11,7 @@
 
 use crate::{
     mounts::{Bind, MountOptionsError, parse_options, unmount_below},
-    spec::Volume,
+    spec::{BlockDevice, Volume},
 };
 use containerd_shim_protos::api::Mount;
 use rustix::mount::{
@@ -88,10 +88,23 @@ pub(crate) struct Needs {
     pub(crate) container_id: String,
     /// The mounts that make up its root file system, in order; none means `<bundle>/rootfs`.
     pub(crate) rootfs: Vec<Mount>,
+    /// Whether its configuration makes its root read-only.
+    pub(crate) read_only_root: bool,
     /// Its bundle.
     pub(crate) bundle: PathBuf,
     /// Its volumes.
     pub(crate) volumes: Vec<Volume>,
+    /// Block devices that it uses as they are.
+    pub(crate) devices: Vec<BlockDevice>,
+}
+
+/// Where a root file system is mounted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Root {
+    /// On the host, for the share to show.
+    OnHost,
+    /// By the guest, from disks, over an empty directory of the share.
+    InGuest,
 }
 
 /// Whether every volume can be shared, before a VM is booted for it.
@@ -141,8 +154,8 @@ impl Share {
     }
 
     /// Mounts what a container needs; leaves nothing behind on failure.
-    pub(crate) fn expose(&self, needs: &Needs) -> Result<(), StorageError> {
-        let exposed = self.expose_all(needs);
+    pub(crate) fn expose(&self, needs: &Needs, root: Root) -> Result<(), StorageError> {
+        let exposed = self.expose_all(needs, root);
         if exposed.is_err() {
             // The first error is the one to tell.
             let _ = self.withdraw(&needs.container_id);
@@ -150,15 +163,17 @@ impl Share {
         exposed
     }
 
-    fn expose_all(&self, needs: &Needs) -> Result<(), StorageError> {
+    fn expose_all(&self, needs: &Needs, root: Root) -> Result<(), StorageError> {
         let place = Path::new(&needs.container_id).join("rootfs");
         create_directory(&self.tree.join(&place))?;
         let rootfs = self.root.join(place);
-        if needs.rootfs.is_empty() {
-            bind(&needs.bundle.join("rootfs"), &rootfs, Bind::Recursive)?;
-        }
-        for mount in &needs.rootfs {
-            mount_rootfs(mount, &rootfs)?;
+        if root == Root::OnHost {
+            if needs.rootfs.is_empty() {
+                bind(&needs.bundle.join("rootfs"), &rootfs, Bind::Recursive)?;
+            }
+            for mount in &needs.rootfs {
+                mount_rootfs(mount, &rootfs)?;
+            }
         }
         for (number, volume) in needs.volumes.iter().enumerate() {
             let place = Path::new(&needs.container_id)
@@ -387,8 +402,10 @@ mod tests {
         Needs {
             container_id: "c1".into(),
             rootfs: Vec::new(),
+            read_only_root: false,
             bundle: bundle.to_owned(),
             volumes,
+            devices: Vec::new(),
         }
     }
 
@@ -445,7 +462,9 @@ mod tests {
             },
         ];
         let share = create(directory.path());
-        share.expose(&needs(&bundle, volumes)).unwrap();
+        share
+            .expose(&needs(&bundle, volumes), Root::OnHost)
+            .unwrap();
         let base = share.root().join("c1");
         assert!(base.join("rootfs/bin").is_dir());
         assert_eq!(
@@ -490,7 +509,7 @@ mod tests {
                 read_only: false,
             };
             let error = share
-                .expose(&needs(&bundle, vec![volume]))
+                .expose(&needs(&bundle, vec![volume]), Root::OnHost)
                 .unwrap_err()
                 .to_string();
             assert!(error.starts_with(expected), "{error}");

@@ -8,6 +8,7 @@
 )]
 
 use crate::{
+    blocks::DiskFiles,
     cgroup::{Cgroup, CgroupError},
     config::Config,
     control::{self, Control, ControlError},
@@ -24,7 +25,7 @@ use std::{
     future::Future,
     io,
     os::{
-        fd::{AsFd as _, AsRawFd as _, OwnedFd},
+        fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
         unix::{fs::OpenOptionsExt as _, net::UnixListener, process::ExitStatusExt as _},
     },
     path::{Path, PathBuf},
@@ -35,11 +36,12 @@ use std::{
 use tokio::{
     io::AsyncReadExt as _,
     process::{Child, ChildStderr, Command},
-    sync::{Notify, watch},
+    sync::{Mutex, Notify, watch},
     time::timeout,
 };
 use walnut_vmm_api::{
-    CONTROL_FD, FailureKind, FdSlot, Message, Request, ShareConfig, VmConfig, VmmExit, VsockConfig,
+    CONTROL_FD, DiskConfig, FailureKind, FdSlot, Message, Request, ShareConfig, VmConfig, VmmExit,
+    VsockConfig,
 };
 
 /// Tag of the shared directory.
@@ -53,6 +55,8 @@ const CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=k random.trust_cpu=on
 const BOOT_DEADLINE: Duration = Duration::from_secs(120);
 /// From a killed process to its last message or exit status.
 const EXIT_DEADLINE: Duration = Duration::from_secs(10);
+/// For an answer on the control socket, which nothing of the guest delays.
+const ANSWER_DEADLINE: Duration = Duration::from_secs(30);
 const MAX_STDERR_BYTES: usize = 8 * 1024;
 const MAX_CONSOLE_BYTES: u64 = 4 * 1024;
 const MAX_REASON_BYTES: usize = 3 * 1024;
@@ -119,6 +123,20 @@ pub(crate) enum VmError {
     /// The VMM ended.
     #[error("the VM ended before its guest was ready: {0}")]
     Ended(String),
+    /// The VMM refused a request.
+    #[error("the VMM refused: {reason}")]
+    Request {
+        /// What to act on.
+        kind: FailureKind,
+        /// Its own words.
+        reason: String,
+    },
+    /// The VMM said something else than it must.
+    #[error("the VMM answered {0} with another message")]
+    Answer(&'static str),
+    /// The VMM said nothing.
+    #[error("the VMM did not answer within {} s, so that it was killed", ANSWER_DEADLINE.as_secs())]
+    NoAnswer,
     /// Nothing happened.
     #[error("the guest was not ready after {} s; its console: {console}", BOOT_DEADLINE.as_secs())]
     Deadline {
@@ -153,6 +171,8 @@ struct Ended {
 pub(crate) struct Vm {
     pid: u32,
     control: Control,
+    /// Whose turn it is to ask: answers come in order and don't say to what.
+    turn: Mutex<()>,
     ended: watch::Receiver<Option<Ended>>,
     kill: Arc<Notify>,
     console: PathBuf,
@@ -224,6 +244,7 @@ impl Vm {
         Self {
             pid,
             control,
+            turn: Mutex::new(()),
             ended,
             kill,
             console,
@@ -300,6 +321,54 @@ impl Vm {
             reason.push_str(&detail);
         }
         printable(&reason, MAX_REASON_BYTES)
+    }
+
+    /// Asks the VMM for something and waits for its answer; one question at a time.
+    pub(crate) async fn ask(
+        &self,
+        request: &Request,
+        files: &[BorrowedFd<'_>],
+    ) -> Result<Message, VmError> {
+        let _turn = self.turn.lock().await;
+        let answer = async {
+            self.control.send(request, files).await?;
+            self.control.receive().await
+        };
+        match timeout(ANSWER_DEADLINE, answer).await {
+            Ok(Ok(Message::Failed { kind, error })) => Err(VmError::Request {
+                kind,
+                reason: printable(&error, MAX_REASON_BYTES),
+            }),
+            Ok(Ok(message)) => Ok(message),
+            Ok(Err(error)) => Err(self.reason_of_end().await.unwrap_or(error.into())),
+            Err(_) => {
+                // A late answer would be taken for that to the next question.
+                self.kill().await;
+                Err(VmError::NoAnswer)
+            }
+        }
+    }
+
+    /// Attaches a disk; answers the name by which the guest finds it.
+    pub(crate) async fn attach_disk(&self, disk: &DiskFiles) -> Result<String, VmError> {
+        let slots = (0..).map(FdSlot).take(disk.files.len());
+        let config = DiskConfig {
+            joined: slots.skip(1).collect(),
+            ..DiskConfig::new(FdSlot(0), disk.read_only, "")
+        };
+        let files: Vec<_> = disk.files.iter().map(|file| file.as_fd()).collect();
+        match self.ask(&Request::AttachDisk(config), &files).await? {
+            Message::Attached { name } => Ok(name),
+            _ => Err(VmError::Answer("AttachDisk")),
+        }
+    }
+
+    /// Removes what was attached, which the guest has let go of.
+    pub(crate) async fn detach(&self, name: String) -> Result<(), VmError> {
+        match self.ask(&Request::Detach { name }, &[]).await? {
+            Message::Done => Ok(()),
+            _ => Err(VmError::Answer("Detach")),
+        }
     }
 
     /// Ends the VM at once, first by asking, then by SIGKILL. Waits for the end.

@@ -455,6 +455,6 @@ proptest! {
                 let _ = disk.perform(&memory, &job, Durability::Durable);
             }
         }
-        prop_assert!(disk.file().metadata().unwrap().len() == u64::try_from(DISK_BYTES).unwrap() + 22);
+        prop_assert!(disk.file().unwrap().metadata().unwrap().len() == u64::try_from(DISK_BYTES).unwrap() + 22);
     }
 }
