@@ -70,6 +70,7 @@ pub(crate) struct Writes {
 pub(crate) struct Recipe {
     /// Topmost first.
     images: Vec<ImageSource>,
+    overlay: bool,
     scratch_bytes: u64,
 }
 
@@ -126,6 +127,7 @@ pub(crate) fn recipe(rootfs: &[Mount], writes: Writes, mountinfo: &[u8]) -> Opti
     if IMAGE_TYPES.contains(&mount.type_.as_str()) {
         return Some(Recipe {
             images: vec![image(mount)?],
+            overlay: false,
             scratch_bytes: 0,
         });
     }
@@ -185,8 +187,16 @@ fn overlay(mount: &Mount, writes: Writes, mountinfo: &[u8]) -> Option<Recipe> {
     };
     Some(Recipe {
         images: lower?.split(':').map(layer).collect::<Option<_>>()?,
+        overlay: true,
         scratch_bytes,
     })
+}
+
+impl Recipe {
+    /// Whether the host has the layers mounted, so that it can mount the whole too.
+    pub(crate) fn is_overlay(&self) -> bool {
+        self.overlay
+    }
 }
 
 impl Blocks {
@@ -212,6 +222,7 @@ impl Blocks {
                 ..Default::default()
             });
         }
+        blocks.leave_whole();
         blocks.scratch_bytes = recipe.map_or(0, |recipe| recipe.scratch_bytes);
         blocks.first_device = blocks.disks.len();
         for device in devices {
@@ -219,6 +230,22 @@ impl Blocks {
             blocks.disks.push(DiskFiles::alone(file, device.read_only));
         }
         Ok(blocks)
+    }
+
+    /// A disk with one image needs no parts.
+    fn leave_whole(&mut self) {
+        for (number, disk) in (0..).zip(&mut self.disks) {
+            if disk.files.len() > 1 {
+                continue;
+            }
+            disk.part_bytes.clear();
+            for image in &mut self.images {
+                let places = image.place.as_mut().into_iter().chain(&mut image.devices);
+                places
+                    .filter(|place| place.disk == number)
+                    .for_each(|place| place.part = 0);
+            }
+        }
     }
 
     /// Finds a place for an image: behind others that are only read, or on a disk of its own.
@@ -454,6 +481,7 @@ mod tests {
         images.push(source(101, 4096, false));
         let recipe = Recipe {
             images,
+            overlay: true,
             scratch_bytes: 0,
         };
         let blocks = Blocks::open(Some(&recipe), &[]).unwrap();

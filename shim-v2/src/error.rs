@@ -158,7 +158,9 @@ fn machine_code(error: &MachineError) -> Code {
         MachineError::Cgroup(crate::cgroup::CgroupError::NotVersion2) => Code::FAILED_PRECONDITION,
         MachineError::Storage(error) => match error {
             StorageError::NoVolume(_) => Code::NOT_FOUND,
-            StorageError::VolumeKind { .. } | StorageError::Options { .. } => Code::UNIMPLEMENTED,
+            StorageError::HugePages(_)
+            | StorageError::VolumeKind { .. }
+            | StorageError::Options { .. } => Code::UNIMPLEMENTED,
             StorageError::Target(_) => Code::INVALID_ARGUMENT,
             StorageError::Path { .. } | StorageError::Rootfs { .. } => Code::INTERNAL,
         },

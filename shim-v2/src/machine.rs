@@ -5,7 +5,7 @@
 
 use crate::{
     agent::{Agent, AgentError},
-    blocks::{self, Blocks, BlocksError, Writes},
+    blocks::{self, Blocks, BlocksError, Recipe, Writes},
     cgroup::{Cgroup, CgroupError},
     config::{Config, ConfigError},
     error::ShimError,
@@ -25,6 +25,7 @@ use std::{
 };
 use tokio::{task::spawn_blocking, time::timeout};
 use walnut_agent_api::guest;
+use walnut_vmm_api::FailureKind;
 
 /// Between the agent's answer to Shutdown and the VMM's end.
 const POWER_OFF_DEADLINE: Duration = Duration::from_secs(15);
@@ -177,33 +178,23 @@ impl Machine {
             read_only_root: needs.read_only_root,
             guest_bytes: u64::from(self.writable_layer_mib) << 20,
         };
-        let (needs, blocks) = spawn_blocking(move || -> Result<_, MachineError> {
-            // Without the table of mounts no layer is an image, and the host mounts what there is.
-            let mountinfo = std::fs::read("/proc/self/mountinfo").unwrap_or_default();
-            let recipe = blocks::recipe(&needs.rootfs, writes, &mountinfo);
-            let blocks = Blocks::open(recipe.as_ref(), &needs.devices)?;
-            Ok((needs, blocks))
-        })
-        .await??;
-        let mut request = guest::AddStorageRequest {
-            container_id: needs.container_id.clone(),
-            scratch_bytes: blocks.scratch_bytes,
-            ..Default::default()
+        // Without the table of mounts no layer is an image, and the host mounts what there is.
+        let mountinfo = std::fs::read("/proc/self/mountinfo").unwrap_or_default();
+        let recipe = blocks::recipe(&needs.rootfs, writes, &mountinfo);
+        let (request, first_device) = match self.attach(&needs, recipe.as_ref()).await {
+            Err(MachineError::Vm(VmError::Request { kind, .. }))
+                if kind == FailureKind::Full
+                    && recipe.is_some_and(|recipe| recipe.is_overlay()) =>
+            {
+                self.release_disks(&needs.container_id).await;
+                self.attach(&needs, None).await?
+            }
+            attached => attached?,
         };
-        for disk in &blocks.disks {
-            let name = self.vm.attach_disk(disk).await?;
-            request.disks.push(disk.told(&name));
-            self.disks()
-                .entry(needs.container_id.clone())
-                .or_default()
-                .push(name);
-        }
-        let root = if blocks.images.is_empty() {
-            Root::OnHost
-        } else {
-            Root::InGuest
+        let root = match request.images.as_slice() {
+            [] => Root::OnHost,
+            _ => Root::InGuest,
         };
-        request.images = blocks.images;
         let share = Arc::clone(&self.host.share);
         spawn_blocking(move || share.expose(&needs, root)).await??;
         if request.disks.is_empty() {
@@ -214,36 +205,64 @@ impl Machine {
             numbers = self.agent.add_storage(&request) => numbers.map_err(MachineError::Disks)?,
             () = self.vm.exited() => return Err(MachineError::Ended(self.describe_end())),
         };
-        Ok(numbers
-            .get(blocks.first_device..)
-            .unwrap_or_default()
-            .to_vec())
+        Ok(numbers.get(first_device..).unwrap_or_default().to_vec())
+    }
+
+    /// Attaches the disks of a container; answers what to ask the guest for, and which disk is the first device.
+    async fn attach(
+        &self,
+        needs: &Needs,
+        recipe: Option<&Recipe>,
+    ) -> Result<(guest::AddStorageRequest, usize), MachineError> {
+        let blocks = Blocks::open(recipe, &needs.devices)?;
+        let mut disks = Vec::new();
+        for disk in &blocks.disks {
+            let name = self.vm.attach_disk(disk).await?;
+            disks.push(disk.told(&name));
+            let mut of_containers = self.disks();
+            let names = of_containers.entry(needs.container_id.clone());
+            names.or_default().push(name);
+        }
+        let request = guest::AddStorageRequest {
+            container_id: needs.container_id.clone(),
+            disks,
+            images: blocks.images,
+            scratch_bytes: blocks.scratch_bytes,
+            ..Default::default()
+        };
+        Ok((request, blocks.first_device))
     }
 
     fn disks(&self) -> MutexGuard<'_, HashMap<String, Vec<String>>> {
         self.disks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Undoes [`Machine::expose`]. A second time does nothing.
-    pub(crate) async fn withdraw(&self, container_id: &str) -> Result<(), MachineError> {
+    /// Lets the guest let go of a container's disks, and detaches them. A second time does nothing.
+    async fn release_disks(&self, container_id: &str) {
         let names = self.disks().remove(container_id).unwrap_or_default();
-        if !names.is_empty() && !self.has_exited() {
-            let released = tokio::select! {
-                released = self.agent.remove_storage(container_id) => released,
-                () = self.vm.exited() => Ok(()),
-            };
-            if let Err(error) = released {
-                log::error("the guest does not let go of a container's disks", &error);
-            }
-            // What the guest holds on to it loses.
-            for name in names {
-                if let Err(error) = self.vm.detach(name).await
-                    && !self.has_exited()
-                {
-                    log::error("detaching a disk", &error);
-                }
+        if names.is_empty() || self.has_exited() {
+            return;
+        }
+        let released = tokio::select! {
+            released = self.agent.remove_storage(container_id) => released,
+            () = self.vm.exited() => Ok(()),
+        };
+        if let Err(error) = released {
+            log::error("the guest does not let go of a container's disks", &error);
+        }
+        // What the guest holds on to it loses.
+        for name in names {
+            if let Err(error) = self.vm.detach(name).await
+                && !self.has_exited()
+            {
+                log::error("detaching a disk", &error);
             }
         }
+    }
+
+    /// Undoes [`Machine::expose`]. A second time does nothing.
+    pub(crate) async fn withdraw(&self, container_id: &str) -> Result<(), MachineError> {
+        self.release_disks(container_id).await;
         let share = Arc::clone(&self.host.share);
         let container_id = container_id.to_owned();
         Ok(spawn_blocking(move || share.withdraw(&container_id)).await??)

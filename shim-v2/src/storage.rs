@@ -25,6 +25,9 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
+/// linux/magic.h.
+const HUGETLBFS_MAGIC: rustix::fs::FsWord = 0x9584_58f6;
+
 /// Why a container's files can't be exposed or withdrawn.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum StorageError {
@@ -64,6 +67,9 @@ pub(crate) enum StorageError {
     /// A volume that doesn't exist.
     #[error("volume {0:?} does not exist on the host")]
     NoVolume(PathBuf),
+    /// A volume that is memory of the host in huge pages.
+    #[error("volume {0:?} is of huge pages of the host, which cannot be shared with a VM")]
+    HugePages(PathBuf),
     /// A volume that a shared file system can't carry.
     #[error("volume {path:?} is a {kind}; only files and directories can be shared with a VM")]
     VolumeKind {
@@ -289,6 +295,9 @@ fn volume_kind(source: &Path) -> Result<VolumeKind, StorageError> {
         Err(error) => return Err(failed("looking at volume", source)(error)),
     };
     let kind = metadata.file_type();
+    if rustix::fs::statfs(source).is_ok_and(|of| of.f_type == HUGETLBFS_MAGIC) {
+        return Err(StorageError::HugePages(source.to_owned()));
+    }
     let name = match () {
         () if kind.is_dir() => return Ok(VolumeKind::Directory),
         () if kind.is_file() => return Ok(VolumeKind::File),

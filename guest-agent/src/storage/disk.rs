@@ -126,8 +126,9 @@ fn look(name: &str) -> io::Result<Option<Disk>> {
         // Refused when the kernel itself is about to do it, and then there will be an event.
         let _ = fs::write(format!("{DRIVER}/bind"), &platform);
     }
-    let node = block_device(&device)?;
-    Ok(node.map(|node| Disk { platform, node }))
+    let disk = block_device(&device)?.map(|node| Disk { platform, node });
+    // Its directory comes before it can be opened; the kernel's event comes after.
+    Ok(disk.filter(|disk| fs::File::open(disk.path(0)).is_ok()))
 }
 
 /// `LNRO0005:<number>`, for both buses.
