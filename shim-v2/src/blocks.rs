@@ -14,11 +14,11 @@ use rustix::fs::{FileType, major, makedev, minor};
 use std::{
     fs::{self, File},
     io::{self, Seek as _, SeekFrom},
-    os::unix::fs::MetadataExt as _,
+    os::{fd::OwnedFd, unix::fs::MetadataExt as _},
     path::{Path, PathBuf},
 };
 use walnut_agent_api::guest::{Disk, Image, Place};
-use walnut_vmm_api::MAX_FDS;
+use walnut_vmm_api::{DiskConfig, FdSlot, MAX_FDS, Request};
 
 /// Image types that the guest's kernel mounts; others are mounted on the host and shared.
 const IMAGE_TYPES: [&str; 3] = ["erofs", "ext4", "ext2"];
@@ -100,14 +100,23 @@ pub(crate) struct Blocks {
 #[derive(Debug)]
 pub(crate) struct DiskFiles {
     /// One after another.
-    pub(crate) files: Vec<File>,
+    pub(crate) files: Vec<OwnedFd>,
     /// Whether the guest may only read.
-    pub(crate) read_only: bool,
+    read_only: bool,
     /// Bytes of each, when there are several or there may be.
     part_bytes: Vec<u64>,
 }
 
 impl DiskFiles {
+    /// What the VMM is asked for, with the files.
+    pub(crate) fn request(&self) -> Request {
+        let slots = (0..).map(FdSlot).take(self.files.len());
+        Request::AttachDisk(DiskConfig {
+            joined: slots.skip(1).collect(),
+            ..DiskConfig::new(FdSlot(0), self.read_only, "")
+        })
+    }
+
     /// What the agent is told of a disk that the VMM named.
     pub(crate) fn told(&self, name: &str) -> Disk {
         Disk {
@@ -282,7 +291,7 @@ impl Blocks {
 impl DiskFiles {
     fn alone(file: File, read_only: bool) -> Self {
         Self {
-            files: vec![file],
+            files: vec![file.into()],
             read_only,
             part_bytes: Vec::new(),
         }
@@ -294,7 +303,7 @@ impl DiskFiles {
 
     /// Adds a file and gives the number of its part.
     fn add(&mut self, file: File, bytes: u64) -> u32 {
-        self.files.push(file);
+        self.files.push(file.into());
         self.part_bytes.push(bytes);
         u32::try_from(self.part_bytes.len()).unwrap_or(u32::MAX)
     }

@@ -3,35 +3,47 @@
 //! Boot acquires in order (cgroup, share, VMM, agent) and `stop` releases in reverse; a boot that fails
 //! releases what it has. Knows no container.
 
+mod disks;
+
 use crate::{
     agent::{Agent, AgentError},
-    blocks::{self, Blocks, BlocksError, Recipe, Writes},
+    blocks::BlocksError,
     cgroup::{Cgroup, CgroupError},
     config::{Config, ConfigError},
     error::ShimError,
     log,
+    network::{NetworkError, Nic, PodNetwork},
+    pod_metrics,
     spec::HostPart,
     state_dir::StateDir,
-    storage::{Needs, Root, Share, StorageError},
+    storage::{Needs, Share, StorageError},
     vm::{Plan, SHARE_TAG, Vm, VmError},
+};
+use protobuf::well_known_types::any::Any;
+use rustix::{
+    io::Errno,
+    net::{RecvFlags, recv},
 };
 use std::{
     collections::HashMap,
     future::Future,
     io,
+    os::fd::AsFd as _,
     path::Path,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
-use tokio::{task::spawn_blocking, time::timeout};
+use tokio::{io::Interest, net::UnixDatagram, sync::OnceCell, task::spawn_blocking, time::timeout};
 use walnut_agent_api::guest;
-use walnut_vmm_api::FailureKind;
 
 /// Between the agent's answer to Shutdown and the VMM's end.
 const POWER_OFF_DEADLINE: Duration = Duration::from_secs(15);
 /// Between a connection that breaks because the VMM ends and the VMM's exit status.
 const EXIT_DEADLINE: Duration = Duration::from_secs(2);
-/// A guest's host name when the Pod names none.
+/// A guest's host name when neither the Pod nor the node has one.
 const DEFAULT_HOSTNAME: &str = "walnut";
 
 /// Why there is no machine, or why it left something behind.
@@ -46,6 +58,9 @@ pub(crate) enum MachineError {
     /// The share.
     #[error(transparent)]
     Storage(#[from] StorageError),
+    /// The network.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     /// The VM.
     #[error(transparent)]
     Vm(#[from] VmError),
@@ -72,6 +87,7 @@ struct HostResources {
     state: StateDir,
     share: Arc<Share>,
     cgroup: Arc<Cgroup>,
+    network: Arc<tokio::sync::Mutex<PodNetwork>>,
 }
 
 /// A booted machine.
@@ -82,6 +98,8 @@ pub(crate) struct Machine {
     writable_layer_mib: u32,
     /// The VMM's names of the disks of each container.
     disks: Mutex<HashMap<String, Vec<String>>>,
+    ending: AtomicBool,
+    ended: OnceCell<()>,
 }
 
 impl Machine {
@@ -92,7 +110,7 @@ impl Machine {
         part: &HostPart,
     ) -> Result<Self, MachineError> {
         let config = Config::load()?;
-        let host = HostResources::acquire(state, fallback_cgroup, part)?;
+        let host = HostResources::acquire(state, fallback_cgroup, part, config.vcpus)?;
         let booted = boot_on(&host, &config, part).await;
         match booted {
             Ok((vm, agent)) => Ok(Self {
@@ -101,6 +119,8 @@ impl Machine {
                 host,
                 writable_layer_mib: config.writable_layer_mib,
                 disks: Mutex::default(),
+                ending: AtomicBool::new(false),
+                ended: OnceCell::new(),
             }),
             Err(error) => {
                 host.release().await;
@@ -117,6 +137,11 @@ impl Machine {
     /// The VMM's process id on the host.
     pub(crate) fn pid(&self) -> u32 {
         self.vm.pid()
+    }
+
+    /// What the Pod costs the host.
+    pub(crate) fn metrics(&self) -> Any {
+        pod_metrics::read(self.host.cgroup.directory())
     }
 
     /// Waits for the VM's end.
@@ -149,7 +174,11 @@ impl Machine {
             () = self.vm.exited() => return Err(ShimError::VmEnded(self.describe_end())),
         };
         let broken = error.is_broken_connection();
-        if broken && timeout(EXIT_DEADLINE, self.vm.exited()).await.is_ok() {
+        let patience = match self.ending.load(Ordering::Relaxed) {
+            true => POWER_OFF_DEADLINE,
+            false => EXIT_DEADLINE,
+        };
+        if broken && timeout(patience, self.vm.exited()).await.is_ok() {
             return Err(ShimError::VmEnded(self.describe_end()));
         }
         Err(error)
@@ -173,93 +202,6 @@ impl Machine {
         exposed
     }
 
-    async fn expose_all(&self, needs: Needs) -> Result<Vec<(u32, u32)>, MachineError> {
-        let writes = Writes {
-            read_only_root: needs.read_only_root,
-            guest_bytes: u64::from(self.writable_layer_mib) << 20,
-        };
-        // Without the table of mounts no layer is an image, and the host mounts what there is.
-        let mountinfo = std::fs::read("/proc/self/mountinfo").unwrap_or_default();
-        let recipe = blocks::recipe(&needs.rootfs, writes, &mountinfo);
-        let (request, first_device) = match self.attach(&needs, recipe.as_ref()).await {
-            Err(MachineError::Vm(VmError::Request { kind, .. }))
-                if kind == FailureKind::Full
-                    && recipe.is_some_and(|recipe| recipe.is_overlay()) =>
-            {
-                self.release_disks(&needs.container_id).await;
-                self.attach(&needs, None).await?
-            }
-            attached => attached?,
-        };
-        let root = match request.images.as_slice() {
-            [] => Root::OnHost,
-            _ => Root::InGuest,
-        };
-        let share = Arc::clone(&self.host.share);
-        spawn_blocking(move || share.expose(&needs, root)).await??;
-        if request.disks.is_empty() {
-            return Ok(Vec::new());
-        }
-        let numbers = tokio::select! {
-            biased;
-            numbers = self.agent.add_storage(&request) => numbers.map_err(MachineError::Disks)?,
-            () = self.vm.exited() => return Err(MachineError::Ended(self.describe_end())),
-        };
-        Ok(numbers.get(first_device..).unwrap_or_default().to_vec())
-    }
-
-    /// Attaches the disks of a container; answers what to ask the guest for, and which disk is the first device.
-    async fn attach(
-        &self,
-        needs: &Needs,
-        recipe: Option<&Recipe>,
-    ) -> Result<(guest::AddStorageRequest, usize), MachineError> {
-        let blocks = Blocks::open(recipe, &needs.devices)?;
-        let mut disks = Vec::new();
-        for disk in &blocks.disks {
-            let name = self.vm.attach_disk(disk).await?;
-            disks.push(disk.told(&name));
-            let mut of_containers = self.disks();
-            let names = of_containers.entry(needs.container_id.clone());
-            names.or_default().push(name);
-        }
-        let request = guest::AddStorageRequest {
-            container_id: needs.container_id.clone(),
-            disks,
-            images: blocks.images,
-            scratch_bytes: blocks.scratch_bytes,
-            ..Default::default()
-        };
-        Ok((request, blocks.first_device))
-    }
-
-    fn disks(&self) -> MutexGuard<'_, HashMap<String, Vec<String>>> {
-        self.disks.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Lets the guest let go of a container's disks, and detaches them. A second time does nothing.
-    async fn release_disks(&self, container_id: &str) {
-        let names = self.disks().remove(container_id).unwrap_or_default();
-        if names.is_empty() || self.has_exited() {
-            return;
-        }
-        let released = tokio::select! {
-            released = self.agent.remove_storage(container_id) => released,
-            () = self.vm.exited() => Ok(()),
-        };
-        if let Err(error) = released {
-            log::error("the guest does not let go of a container's disks", &error);
-        }
-        // What the guest holds on to it loses.
-        for name in names {
-            if let Err(error) = self.vm.detach(name).await
-                && !self.has_exited()
-            {
-                log::error("detaching a disk", &error);
-            }
-        }
-    }
-
     /// Undoes [`Machine::expose`]. A second time does nothing.
     pub(crate) async fn withdraw(&self, container_id: &str) -> Result<(), MachineError> {
         self.release_disks(container_id).await;
@@ -268,19 +210,82 @@ impl Machine {
         Ok(spawn_blocking(move || share.withdraw(&container_id)).await??)
     }
 
-    /// Shuts the guest down, ends the VM and releases what the host holds.
-    pub(crate) async fn stop(&self) {
-        if !self.has_exited() {
-            let asked = self.agent.shutdown().await;
-            let powered_off =
-                asked.is_ok() && timeout(POWER_OFF_DEADLINE, self.vm.exited()).await.is_ok();
-            if !powered_off {
-                if let Err(error) = asked {
-                    log::error("the guest does not shut down", &error);
+    /// Gives the guest what has come to the Pod's network since the last look, and takes what has gone.
+    pub(crate) async fn refresh_network(&self) -> Result<(), MachineError> {
+        let mut network = Arc::clone(&self.host.network).lock_owned().await;
+        let (mut network, (wanted, nics)) = spawn_blocking(move || {
+            let looked = network.look()?;
+            Ok::<_, NetworkError>((network, looked))
+        })
+        .await??;
+        for nic in nics {
+            let index = nic.index;
+            match self.vm.attach_network(nic).await {
+                Ok(device) => network.placed(index, device),
+                Err(error) => {
+                    spawn_blocking(move || network.give_up(index)).await?;
+                    return Err(error.into());
                 }
-                self.vm.stop().await;
             }
         }
+        if let Some(wanted) = network.to_tell(wanted) {
+            self.agent.update_network(&wanted).await?;
+            for device in network.told(wanted) {
+                self.vm.detach(&device).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Refreshes the network whenever something changes in the Pod's namespace, until the VM ends.
+    pub(crate) async fn follow_network(self: Arc<Self>) {
+        let news = self.host.network.lock().await.news();
+        let followed = async {
+            let Some(news) = news? else { return Ok(()) };
+            // The type is tokio's for any socket of datagrams.
+            let news = UnixDatagram::from_std(news.into()).map_err(NetworkError::News)?;
+            loop {
+                drain(&news).await.map_err(NetworkError::News)?;
+                if let Err(error) = self.refresh_network().await
+                    && !self.has_exited()
+                {
+                    log::error("following a change of the Pod's network", &error);
+                }
+            }
+        };
+        let followed: Result<(), NetworkError> = tokio::select! {
+            followed = followed => followed,
+            () = self.exited() => return,
+        };
+        if let Err(error) = followed {
+            log::error("following the Pod's network", &error);
+        }
+    }
+
+    /// Shuts the guest down and ends the VM. Who else asks waits for the same end.
+    pub(crate) async fn end(&self) {
+        self.ending.store(true, Ordering::Relaxed);
+        self.ended.get_or_init(|| self.power_off()).await;
+    }
+
+    async fn power_off(&self) {
+        if self.has_exited() {
+            return;
+        }
+        let asked = self.agent.shutdown().await;
+        let powered_off =
+            asked.is_ok() && timeout(POWER_OFF_DEADLINE, self.vm.exited()).await.is_ok();
+        if !powered_off {
+            if let Err(error) = asked {
+                log::error("the guest does not shut down", &error);
+            }
+            self.vm.stop().await;
+        }
+    }
+
+    /// Ends the VM and releases what the host holds.
+    pub(crate) async fn stop(&self) {
+        self.end().await;
         self.host.release().await;
     }
 }
@@ -290,7 +295,10 @@ impl HostResources {
         state: &StateDir,
         fallback_cgroup: &Path,
         part: &HostPart,
+        vcpus: u8,
     ) -> Result<Self, MachineError> {
+        // Nothing is changed by it yet.
+        let network = PodNetwork::open(&part.network, state.network(), vcpus)?;
         let cgroup = Cgroup::create(
             part.cgroups_path.as_deref(),
             fallback_cgroup,
@@ -301,6 +309,7 @@ impl HostResources {
                 state: state.clone(),
                 share: Arc::new(share),
                 cgroup: Arc::new(cgroup),
+                network: Arc::new(tokio::sync::Mutex::new(network)),
             }),
             Err(error) => {
                 // The first error is the one to tell.
@@ -310,10 +319,17 @@ impl HostResources {
         }
     }
 
+    /// What stands in the Pod's namespace, and devices for what is new in it.
+    async fn look_at_network(&self) -> Result<(guest::Network, Vec<Nic>), MachineError> {
+        let mut network = Arc::clone(&self.network).lock_owned().await;
+        Ok(spawn_blocking(move || network.look()).await??)
+    }
+
     /// Releases everything. What fails stays for the `delete` command, and is told to the log.
     async fn release(&self) {
         let share = Arc::clone(&self.share);
         let cgroup = Arc::clone(&self.cgroup);
+        let mut network = Arc::clone(&self.network).lock_owned().await;
         let files = [
             self.state.vsock(),
             self.state.console(),
@@ -322,6 +338,9 @@ impl HostResources {
         let released = spawn_blocking(move || {
             if let Err(error) = share.remove() {
                 log::error("removing the share", &error);
+            }
+            if let Err(error) = network.release() {
+                log::error("leaving the Pod's network", &error);
             }
             if let Err(error) = cgroup.remove() {
                 log::error("removing the cgroup", &error);
@@ -353,13 +372,14 @@ async fn boot_on(
         share: host.share.root(),
         oom_score_adj: part.oom_score_adj,
     };
-    let vm = Vm::boot(&plan).await?;
-    let hostname = part.hostname.as_deref().filter(|name| !name.is_empty());
+    let (network, nics) = host.look_at_network().await?;
+    let vm = Vm::boot(&plan, nics).await?;
+    let hostname = hostname(part.hostname.as_deref());
     let set_up = async {
+        host.network.lock().await.adopt(vm.pid())?;
         let agent = Agent::connect(host.state.vsock()).await?;
-        agent
-            .setup(hostname.unwrap_or(DEFAULT_HOSTNAME), SHARE_TAG)
-            .await?;
+        agent.setup(&hostname, SHARE_TAG, &network).await?;
+        host.network.lock().await.told(network);
         Ok(agent)
     };
     let agent = tokio::select! {
@@ -371,6 +391,42 @@ async fn boot_on(
         Err(error) => {
             vm.kill().await;
             Err(error)
+        }
+    }
+}
+
+/// A Pod that has no name of its own has the node's, as with namespaces.
+fn hostname(of_pod: Option<&str>) -> String {
+    let node = rustix::system::uname();
+    let plain = |name: &&str| {
+        !name.is_empty()
+            && name
+                .bytes()
+                .all(|byte| byte.is_ascii_alphanumeric() || b"-._".contains(&byte))
+    };
+    of_pod
+        .filter(|name| !name.is_empty())
+        .or(node.nodename().to_str().ok().filter(plain))
+        .unwrap_or(DEFAULT_HOSTNAME)
+        .to_owned()
+}
+
+/// Waits until a socket has something, and reads all of it.
+async fn drain(news: &UnixDatagram) -> io::Result<()> {
+    news.readable().await?;
+    let receive = || {
+        let mut datagram = [0; 64];
+        match recv(news.as_fd(), datagram.as_mut_slice(), RecvFlags::empty()) {
+            // Some were lost, which is news too.
+            Ok(_) | Err(Errno::NOBUFS) => Ok(()),
+            Err(error) => Err(io::Error::from(error)),
+        }
+    };
+    loop {
+        match news.try_io(Interest::READABLE, receive) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+            Err(error) => return Err(error),
         }
     }
 }

@@ -13,6 +13,7 @@ use crate::{
     config::Config,
     control::{self, Control, ControlError},
     error::printable,
+    network::Nic,
     process_file::{self, ProcessFileError},
     state_dir::StateDir,
 };
@@ -25,7 +26,7 @@ use std::{
     future::Future,
     io,
     os::{
-        fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
+        fd::{AsFd as _, AsRawFd as _, OwnedFd},
         unix::{fs::OpenOptionsExt as _, net::UnixListener, process::ExitStatusExt as _},
     },
     path::{Path, PathBuf},
@@ -40,8 +41,7 @@ use tokio::{
     time::timeout,
 };
 use walnut_vmm_api::{
-    CONTROL_FD, DiskConfig, FailureKind, FdSlot, Message, Request, ShareConfig, VmConfig, VmmExit,
-    VsockConfig,
+    CONTROL_FD, FailureKind, FdSlot, Message, Request, ShareConfig, VmConfig, VmmExit, VsockConfig,
 };
 
 /// Tag of the shared directory.
@@ -49,16 +49,18 @@ pub(crate) const SHARE_TAG: &str = "walnut";
 /// The vsock device's other side is a Unix socket of this VM alone, so every guest may have the same id.
 const GUEST_CID: u32 = 3;
 /// Free memory is reported in pieces of 64 KiB, not only in whole huge pages: an idle Pod keeps less.
-const CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=k random.trust_cpu=on \
+const CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=k random.trust_cpu=on dummy.numdummies=0 \
     page_reporting.page_reporting_order=4";
 /// From spawn to the guest's init, on the slowest machine that we test on.
 const BOOT_DEADLINE: Duration = Duration::from_secs(120);
+/// For a request to a VM that runs: the VMM does all of them itself, at once.
+const REQUEST_DEADLINE: Duration = Duration::from_secs(30);
 /// From a killed process to its last message or exit status.
 const EXIT_DEADLINE: Duration = Duration::from_secs(10);
-/// For an answer on the control socket, which nothing of the guest delays.
-const ANSWER_DEADLINE: Duration = Duration::from_secs(30);
 const MAX_STDERR_BYTES: usize = 8 * 1024;
 const MAX_CONSOLE_BYTES: u64 = 4 * 1024;
+/// The names of places have four letters.
+const MAX_PLACE_BYTES: usize = 16;
 const MAX_REASON_BYTES: usize = 3 * 1024;
 
 /// Why there is no VM.
@@ -120,23 +122,25 @@ pub(crate) enum VmError {
         /// The VMM's own words.
         reason: String,
     },
-    /// The VMM ended.
-    #[error("the VM ended before its guest was ready: {0}")]
-    Ended(String),
-    /// The VMM refused a request.
-    #[error("the VMM refused: {reason}")]
+    /// The VMM refused a request, or answered wrongly.
+    #[error("the VMM could not {what}: {reason}")]
     Request {
-        /// What to act on.
-        kind: FailureKind,
+        /// What was asked of it.
+        what: &'static str,
         /// Its own words.
         reason: String,
     },
-    /// The VMM said something else than it must.
-    #[error("the VMM answered {0} with another message")]
-    Answer(&'static str),
-    /// The VMM said nothing.
-    #[error("the VMM did not answer within {} s, so that it was killed", ANSWER_DEADLINE.as_secs())]
-    NoAnswer,
+    /// The VMM ended.
+    #[error("the VM ended before its guest was ready: {0}")]
+    Ended(String),
+    /// No room for one more device.
+    #[error("the VM is full: the VMM could not {what}: {reason}")]
+    Full {
+        /// What was asked of it.
+        what: &'static str,
+        /// Its own words.
+        reason: String,
+    },
     /// Nothing happened.
     #[error("the guest was not ready after {} s; its console: {console}", BOOT_DEADLINE.as_secs())]
     Deadline {
@@ -171,8 +175,8 @@ struct Ended {
 pub(crate) struct Vm {
     pid: u32,
     control: Control,
-    /// Whose turn it is to ask: answers come in order and don't say to what.
-    turn: Mutex<()>,
+    /// Requests are answered in order, so that there is one at a time.
+    asking: Mutex<()>,
     ended: watch::Receiver<Option<Ended>>,
     kill: Arc<Notify>,
     console: PathBuf,
@@ -186,8 +190,12 @@ impl Drop for Vm {
 
 impl Vm {
     /// Spawns the VMM, boots the guest, and answers once the guest's agent listens.
-    pub(crate) async fn boot(plan: &Plan<'_>) -> Result<Self, VmError> {
-        let (config, files) = open_files(plan)?;
+    pub(crate) async fn boot(plan: &Plan<'_>, nics: Vec<Nic>) -> Result<Self, VmError> {
+        let (mut config, mut files) = open_files(plan)?;
+        config.networks = nics
+            .into_iter()
+            .map(|nic| nic.hand_over(&mut files))
+            .collect();
         let (control, theirs) = control::pair()?;
         let child = spawn(plan, theirs)?;
         let vm = Self::watch(child, control, plan.state.console());
@@ -244,7 +252,7 @@ impl Vm {
         Self {
             pid,
             control,
-            turn: Mutex::new(()),
+            asking: Mutex::default(),
             ended,
             kill,
             console,
@@ -277,6 +285,69 @@ impl Vm {
                     return Err(VmError::Refused { kind, reason });
                 }
                 Err(error) => return Err(self.reason_of_end().await.unwrap_or(error.into())),
+            }
+        }
+    }
+
+    /// Attaches a network device; answers the place that the guest finds it at.
+    pub(crate) async fn attach_network(&self, nic: Nic) -> Result<String, VmError> {
+        let mut files = Vec::new();
+        let request = Request::AttachNetwork(nic.hand_over(&mut files));
+        match self
+            .ask("attach a network device", &request, &files)
+            .await?
+        {
+            Message::Attached { name } => Ok(printable(&name, MAX_PLACE_BYTES)),
+            other => Err(unexpected("attach a network device", &other)),
+        }
+    }
+
+    /// Attaches a disk; answers the place that the guest finds it at.
+    pub(crate) async fn attach_disk(&self, disk: &DiskFiles) -> Result<String, VmError> {
+        let what = "attach a disk";
+        match self.ask(what, &disk.request(), &disk.files).await? {
+            Message::Attached { name } => Ok(printable(&name, MAX_PLACE_BYTES)),
+            other => Err(unexpected(what, &other)),
+        }
+    }
+
+    /// Removes a device that the guest's driver has let go of.
+    pub(crate) async fn detach(&self, name: &str) -> Result<(), VmError> {
+        let request = Request::Detach {
+            name: name.to_owned(),
+        };
+        match self.ask("detach a device", &request, &[]).await? {
+            Message::Done => Ok(()),
+            other => Err(unexpected("detach a device", &other)),
+        }
+    }
+
+    /// One request and its answer, racing the VMM's end. A VMM that doesn't answer is ended: what it would say later
+    /// would answer something else.
+    async fn ask(
+        &self,
+        what: &'static str,
+        request: &Request,
+        files: &[OwnedFd],
+    ) -> Result<Message, VmError> {
+        let _one_at_a_time = self.asking.lock().await;
+        let files: Vec<_> = files.iter().map(|file| file.as_fd()).collect();
+        let exchange = async {
+            self.control.send(request, &files).await?;
+            loop {
+                match self.control.receive().await? {
+                    Message::GuestReady => {}
+                    answer => return Ok::<_, VmError>(answer),
+                }
+            }
+        };
+        match timeout(REQUEST_DEADLINE, exchange).await {
+            Ok(Ok(answer)) => Ok(answer),
+            Ok(Err(error)) => Err(self.reason_of_end().await.unwrap_or(error)),
+            Err(_) => {
+                self.kill().await;
+                let reason = format!("it did not answer within {} s", REQUEST_DEADLINE.as_secs());
+                Err(VmError::Request { what, reason })
             }
         }
     }
@@ -323,54 +394,6 @@ impl Vm {
         printable(&reason, MAX_REASON_BYTES)
     }
 
-    /// Asks the VMM for something and waits for its answer; one question at a time.
-    pub(crate) async fn ask(
-        &self,
-        request: &Request,
-        files: &[BorrowedFd<'_>],
-    ) -> Result<Message, VmError> {
-        let _turn = self.turn.lock().await;
-        let answer = async {
-            self.control.send(request, files).await?;
-            self.control.receive().await
-        };
-        match timeout(ANSWER_DEADLINE, answer).await {
-            Ok(Ok(Message::Failed { kind, error })) => Err(VmError::Request {
-                kind,
-                reason: printable(&error, MAX_REASON_BYTES),
-            }),
-            Ok(Ok(message)) => Ok(message),
-            Ok(Err(error)) => Err(self.reason_of_end().await.unwrap_or(error.into())),
-            Err(_) => {
-                // A late answer would be taken for that to the next question.
-                self.kill().await;
-                Err(VmError::NoAnswer)
-            }
-        }
-    }
-
-    /// Attaches a disk; answers the name by which the guest finds it.
-    pub(crate) async fn attach_disk(&self, disk: &DiskFiles) -> Result<String, VmError> {
-        let slots = (0..).map(FdSlot).take(disk.files.len());
-        let config = DiskConfig {
-            joined: slots.skip(1).collect(),
-            ..DiskConfig::new(FdSlot(0), disk.read_only, "")
-        };
-        let files: Vec<_> = disk.files.iter().map(|file| file.as_fd()).collect();
-        match self.ask(&Request::AttachDisk(config), &files).await? {
-            Message::Attached { name } => Ok(name),
-            _ => Err(VmError::Answer("AttachDisk")),
-        }
-    }
-
-    /// Removes what was attached, which the guest has let go of.
-    pub(crate) async fn detach(&self, name: String) -> Result<(), VmError> {
-        match self.ask(&Request::Detach { name }, &[]).await? {
-            Message::Done => Ok(()),
-            _ => Err(VmError::Answer("Detach")),
-        }
-    }
-
     /// Ends the VM at once, first by asking, then by SIGKILL. Waits for the end.
     pub(crate) async fn stop(&self) {
         // A VMM that can't be asked is killed.
@@ -388,6 +411,21 @@ impl Vm {
             crate::log::line(&format!("walnut-vmm {} does not die", self.pid));
         }
     }
+}
+
+fn unexpected(what: &'static str, answer: &Message) -> VmError {
+    let reason = match answer {
+        Message::Failed {
+            kind: FailureKind::Full,
+            error,
+        } => {
+            let reason = printable(error, MAX_REASON_BYTES);
+            return VmError::Full { what, reason };
+        }
+        Message::Failed { error, .. } => printable(error, MAX_REASON_BYTES),
+        _ => "its answer is to another request".to_owned(),
+    };
+    VmError::Request { what, reason }
 }
 
 fn describe_status(status: Option<ExitStatus>) -> String {
