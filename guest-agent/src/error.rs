@@ -6,6 +6,7 @@ use crate::{
     container::refuse::SpecError,
     guest::{GuestError, network::NetworkError},
     stdio::StdioError,
+    storage::StorageError,
     task::TaskError,
 };
 use std::error::Error;
@@ -62,6 +63,17 @@ impl From<GuestError> for ttrpc::Error {
                 Code::INVALID_ARGUMENT
             }
             GuestError::System { .. } | GuestError::Network(_) => Code::INTERNAL,
+        };
+        status(&error, code)
+    }
+}
+
+impl From<StorageError> for ttrpc::Error {
+    fn from(error: StorageError) -> Self {
+        let code = match &error {
+            StorageError::Exists(_) => Code::ALREADY_EXISTS,
+            StorageError::Request(_) => Code::INVALID_ARGUMENT,
+            StorageError::NoDisk(_) | StorageError::System { .. } => Code::INTERNAL,
         };
         status(&error, code)
     }

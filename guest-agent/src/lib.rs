@@ -2,7 +2,7 @@
 //!
 //! `guest` makes a machine out of a kernel and one program; `server` serves the shim; `service` decodes
 //! requests; `task` holds containers and their processes; `container` makes them, `cgroup` holds them,
-//! `stdio` connects them, `reaper` sees them end; `pause` holds a Pod's
+//! `stdio` connects them, `storage` mounts their disks, `reaper` sees them end; `pause` holds a Pod's
 //! namespaces. Must not trust a container.
 
 mod cgroup;
@@ -14,6 +14,7 @@ mod reaper;
 mod server;
 mod service;
 mod stdio;
+mod storage;
 mod syscall;
 mod task;
 

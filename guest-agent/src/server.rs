@@ -8,6 +8,7 @@ use crate::{
     reaper::Reaper,
     service::{GuestService, TaskService},
     stdio::Streams,
+    storage::Storage,
     task::{Machinery, Tasks},
 };
 use futures::{Stream, StreamExt};
@@ -82,6 +83,7 @@ where
     let end = Arc::new(Notify::new());
     let guest = GuestService {
         guest: Guest::default(),
+        storage: Storage::default(),
         tasks: Arc::clone(&tasks),
         end: Arc::clone(&end),
     };

@@ -6,6 +6,7 @@ use crate::{
     cgroup::stats,
     guest::Guest,
     reaper::Exit,
+    storage::Storage,
     task::{AddProcess, CreateContainer, Status, StdioNames, TaskError, Tasks},
 };
 use async_trait::async_trait;
@@ -203,6 +204,7 @@ impl Task for TaskService {
 /// `walnut.guest.v1.Guest`.
 pub(crate) struct GuestService {
     pub(crate) guest: Guest,
+    pub(crate) storage: Storage,
     pub(crate) tasks: Arc<Tasks>,
     /// Told when the guest is to end.
     pub(crate) end: Arc<Notify>,
@@ -220,6 +222,27 @@ impl guest_ttrpc::Guest for GuestService {
             kernel_release,
             ..Default::default()
         })
+    }
+
+    async fn add_storage(
+        &self,
+        _: &TtrpcContext,
+        r: guest_api::AddStorageRequest,
+    ) -> Result<guest_api::AddStorageResponse> {
+        let numbers = self.storage.add(&r).await?;
+        Ok(guest_api::AddStorageResponse {
+            numbers,
+            ..Default::default()
+        })
+    }
+
+    async fn remove_storage(
+        &self,
+        _: &TtrpcContext,
+        r: guest_api::RemoveStorageRequest,
+    ) -> Result<guest_api::RemoveStorageResponse> {
+        self.storage.remove(&r.container_id)?;
+        Ok(guest_api::RemoveStorageResponse::new())
     }
 
     async fn update_network(

@@ -3,7 +3,7 @@
 //! The only file of the agent with unsafe code. Must not hold policy.
 #![allow(
     unsafe_code,
-    reason = "clone3, close_range, mount_setattr, bpf, signal and kill by number have no safe wrapper"
+    reason = "clone3, close_range, BLKPG, mount_setattr, bpf, signal and kill by number have no safe wrapper"
 )]
 
 use std::{
@@ -12,6 +12,57 @@ use std::{
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
 };
 use tokio::io::{Interest, unix::AsyncFd};
+
+/// linux/blkpg.h.
+const BLKPG: libc::Ioctl = 0x1269;
+const BLKPG_ADD_PARTITION: libc::c_int = 1;
+
+/// `struct blkpg_partition`.
+#[repr(C)]
+struct Partition {
+    start: i64,
+    length: i64,
+    number: libc::c_int,
+    names: [u8; 128],
+}
+
+/// `struct blkpg_ioctl_arg`.
+#[repr(C)]
+struct PartitionRequest<'a> {
+    operation: libc::c_int,
+    flags: libc::c_int,
+    length: libc::c_int,
+    data: &'a Partition,
+}
+
+/// Makes a part of a disk a block device of its own, whatever is on the disk.
+pub(crate) fn add_partition(
+    disk: &impl AsFd,
+    number: u32,
+    start: u64,
+    bytes: u64,
+) -> io::Result<()> {
+    let wrong = |_| io::Error::from_raw_os_error(libc::EOVERFLOW);
+    let partition = Partition {
+        start: start.try_into().map_err(wrong)?,
+        length: bytes.try_into().map_err(wrong)?,
+        number: number.try_into().map_err(wrong)?,
+        names: [0; 128],
+    };
+    let request = PartitionRequest {
+        operation: BLKPG_ADD_PARTITION,
+        flags: 0,
+        length: size_of::<Partition>().try_into().map_err(wrong)?,
+        data: &partition,
+    };
+    // SAFETY: BLKPG reads both structures, which are laid out as linux/blkpg.h says and outlive the call.
+    let result = unsafe { libc::ioctl(disk.as_fd().as_raw_fd(), BLKPG, &raw const request) };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
 
 /// The C library's constant does not fit its type.
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;

@@ -147,6 +147,40 @@ impl Agent {
         Ok(())
     }
 
+    /// `Guest.AddStorage`: answers the guest's numbers of the disks, as many as there are.
+    pub(crate) async fn add_storage(
+        &self,
+        request: &guest::AddStorageRequest,
+    ) -> Result<Vec<(u32, u32)>, AgentError> {
+        let answer = call("AddStorage", CALL_DEADLINE, |context| {
+            self.guest.add_storage(context, request)
+        });
+        let numbers = answer.await?.numbers;
+        if numbers.len() == request.disks.len() {
+            return Ok(numbers
+                .iter()
+                .map(|number| (number.major, number.minor))
+                .collect());
+        }
+        Err(AgentError::Answer {
+            call: "AddStorage",
+            what: "numbers of other disks",
+        })
+    }
+
+    /// `Guest.RemoveStorage`.
+    pub(crate) async fn remove_storage(&self, container_id: &str) -> Result<(), AgentError> {
+        let request = guest::RemoveStorageRequest {
+            container_id: container_id.to_owned(),
+            ..Default::default()
+        };
+        call("RemoveStorage", CALL_DEADLINE, |context| {
+            self.guest.remove_storage(context, &request)
+        })
+        .await?;
+        Ok(())
+    }
+
     /// `Guest.UpdateNetwork`.
     pub(crate) async fn update_network(&self, network: &guest::Network) -> Result<(), AgentError> {
         let request = guest::UpdateNetworkRequest {

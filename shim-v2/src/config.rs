@@ -25,6 +25,9 @@ pub(crate) struct Config {
     pub(crate) vcpus: u8,
     /// Guest RAM of a Pod.
     pub(crate) memory_mib: u32,
+    /// MiB of guest RAM for what a container writes over an image's layers that are disks; 0: it goes to the host's
+    /// snapshot.
+    pub(crate) writable_layer_mib: u32,
 }
 
 /// Why the configuration can't be used.
@@ -70,6 +73,7 @@ impl Default for Config {
             initramfs: "/usr/share/walnut/initramfs.cpio".into(),
             vcpus: 1,
             memory_mib: 256,
+            writable_layer_mib: 0,
         }
     }
 }

@@ -3,9 +3,9 @@
 //! containerd maps the codes to its own errors (its `errdefs` package); its clients print the message.
 
 use crate::{
-    agent::AgentError, config::ConfigError, io::IoError, machine::MachineError,
-    network::NetworkError, pod_config::PodConfigError, spec::SpecError, storage::StorageError,
-    vm::VmError,
+    agent::AgentError, blocks::BlocksError, config::ConfigError, io::IoError,
+    machine::MachineError, network::NetworkError, pod_config::PodConfigError, spec::SpecError,
+    storage::StorageError, vm::VmError,
 };
 use std::{error::Error, path::PathBuf};
 use ttrpc::Code;
@@ -188,13 +188,16 @@ fn machine_code(error: &MachineError) -> Code {
         },
         MachineError::Storage(error) => match error {
             StorageError::NoVolume(_) => Code::NOT_FOUND,
-            StorageError::VolumeKind { .. } | StorageError::Options { .. } => Code::UNIMPLEMENTED,
+            StorageError::HugePages(_)
+            | StorageError::VolumeKind { .. }
+            | StorageError::Options { .. } => Code::UNIMPLEMENTED,
             StorageError::Target(_) => Code::INVALID_ARGUMENT,
             StorageError::Path { .. } | StorageError::Rootfs { .. } => Code::INTERNAL,
         },
         MachineError::Vm(VmError::Image { .. } | VmError::Unbootable { .. } | VmError::Kvm(_)) => {
             Code::FAILED_PRECONDITION
         }
+        MachineError::Vm(VmError::Full { .. }) => Code::RESOURCE_EXHAUSTED,
         MachineError::Vm(VmError::Refused { kind, .. }) => match kind {
             FailureKind::Image | FailureKind::Kvm | FailureKind::State => Code::FAILED_PRECONDITION,
             FailureKind::Config => Code::INVALID_ARGUMENT,
@@ -204,9 +207,10 @@ fn machine_code(error: &MachineError) -> Code {
             FailureKind::Internal => Code::INTERNAL,
         },
         MachineError::Vm(VmError::Deadline { .. }) => Code::DEADLINE_EXCEEDED,
-        MachineError::Agent(error) => agent_code(error),
+        MachineError::Agent(error) | MachineError::Disks(error) => agent_code(error),
         MachineError::Vm(_) | MachineError::Ended(_) => Code::UNAVAILABLE,
-        MachineError::Cgroup(_) | MachineError::Task(_) => Code::INTERNAL,
+        MachineError::Blocks(BlocksError::NoDevice { .. }) => Code::NOT_FOUND,
+        MachineError::Blocks(_) | MachineError::Cgroup(_) | MachineError::Task(_) => Code::INTERNAL,
     }
 }
 

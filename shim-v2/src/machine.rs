@@ -3,8 +3,11 @@
 //! Boot acquires in order (cgroup, share, VMM, agent) and `stop` releases in reverse; a boot that fails
 //! releases what it has. Knows no container.
 
+mod disks;
+
 use crate::{
     agent::{Agent, AgentError},
+    blocks::BlocksError,
     cgroup::{Cgroup, CgroupError},
     config::{Config, ConfigError},
     error::ShimError,
@@ -22,12 +25,13 @@ use rustix::{
     net::{RecvFlags, recv},
 };
 use std::{
+    collections::HashMap,
     future::Future,
     io,
     os::fd::AsFd as _,
     path::Path,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -60,6 +64,12 @@ pub(crate) enum MachineError {
     /// The VM.
     #[error(transparent)]
     Vm(#[from] VmError),
+    /// Files and devices for disks.
+    #[error(transparent)]
+    Blocks(#[from] BlocksError),
+    /// The guest's part of them.
+    #[error("the guest cannot use the container's disks")]
+    Disks(#[source] AgentError),
     /// The agent.
     #[error("the guest booted, but cannot be set up")]
     Agent(#[from] AgentError),
@@ -85,6 +95,9 @@ pub(crate) struct Machine {
     vm: Vm,
     agent: Agent,
     host: HostResources,
+    writable_layer_mib: u32,
+    /// The VMM's names of the disks of each container.
+    disks: Mutex<HashMap<String, Vec<String>>>,
     ending: AtomicBool,
     ended: OnceCell<()>,
 }
@@ -104,6 +117,8 @@ impl Machine {
                 vm,
                 agent,
                 host,
+                writable_layer_mib: config.writable_layer_mib,
+                disks: Mutex::default(),
                 ending: AtomicBool::new(false),
                 ended: OnceCell::new(),
             }),
@@ -174,14 +189,22 @@ impl Machine {
         self.vm.kill().await;
     }
 
-    /// Mounts what a container needs.
-    pub(crate) async fn expose(&self, needs: Needs) -> Result<(), MachineError> {
-        let share = Arc::clone(&self.host.share);
-        Ok(spawn_blocking(move || share.expose(&needs)).await??)
+    /// Attaches and mounts what a container needs; answers the guest's numbers of its block devices. Leaves nothing
+    /// behind on failure.
+    pub(crate) async fn expose(&self, needs: Needs) -> Result<Vec<(u32, u32)>, MachineError> {
+        let id = needs.container_id.clone();
+        let exposed = self.expose_all(needs).await;
+        if exposed.is_err()
+            && let Err(error) = self.withdraw(&id).await
+        {
+            log::error("undoing what a container needed", &error);
+        }
+        exposed
     }
 
     /// Undoes [`Machine::expose`]. A second time does nothing.
     pub(crate) async fn withdraw(&self, container_id: &str) -> Result<(), MachineError> {
+        self.release_disks(container_id).await;
         let share = Arc::clone(&self.host.share);
         let container_id = container_id.to_owned();
         Ok(spawn_blocking(move || share.withdraw(&container_id)).await??)

@@ -6,6 +6,7 @@
 
 mod agent;
 mod args;
+mod blocks;
 mod bootstrap;
 mod bundle;
 mod calls;

@@ -116,6 +116,31 @@ pub(crate) fn below(mountinfo: &[u8], directory: &Path) -> Vec<PathBuf> {
         .collect()
 }
 
+/// What is mounted on a directory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct MountPoint {
+    /// Type of the file system.
+    pub(crate) kind: String,
+    /// Where it comes from.
+    pub(crate) source: PathBuf,
+}
+
+/// The file system whose root is mounted at exactly `directory`, last.
+pub(crate) fn mount_point_at(mountinfo: &[u8], directory: &Path) -> Option<MountPoint> {
+    let path = |field: &[u8]| PathBuf::from(OsString::from_vec(unescape(field)));
+    let at = |line: &&[u8]| {
+        line.split(|byte| *byte == b' ').nth(4).map(path).as_deref() == Some(directory)
+    };
+    let line = mountinfo.split(|byte| *byte == b'\n').rfind(at)?;
+    let fields: Vec<_> = line.split(|byte| *byte == b' ').collect();
+    // The root of the mount in its file system; after any number of optional fields, type and source.
+    let whole = fields.get(3) == Some(&&b"/"[..]);
+    let after = fields.iter().position(|field| *field == b"-")?;
+    let kind = String::from_utf8(fields.get(after + 1)?.to_vec()).ok()?;
+    let source = path(fields.get(after + 2)?);
+    whole.then_some(MountPoint { kind, source })
+}
+
 /// proc_pid_mountinfo(5) writes space, tab, newline and backslash as a backslash and three octal digits.
 fn unescape(field: &[u8]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(field.len());
@@ -231,10 +256,23 @@ mod tests {
         );
     }
 
+    #[test]
+    fn what_is_mounted_last_on_a_directory_is_found() {
+        let mountinfo = b"30 22 0:21 / /a rw shared:1 master:2 - tmpfs t rw\n\
+            31 22 7:0 / /a ro - erofs /dev/with\\040space ro\n\
+            32 22 0:22 /part /b rw - ext4 /dev/vda rw\n";
+        let found = mount_point_at(mountinfo, Path::new("/a")).unwrap();
+        assert_eq!(found.kind, "erofs");
+        assert_eq!(found.source, Path::new("/dev/with space"));
+        assert_eq!(mount_point_at(mountinfo, Path::new("/b")), None);
+        assert_eq!(mount_point_at(mountinfo, Path::new("/c")), None);
+    }
+
     proptest! {
         #[test]
         fn any_mountinfo_is_read(bytes in proptest::collection::vec(any::<u8>(), 0..256)) {
             let _ = below(&bytes, Path::new("/"));
+            let _ = mount_point_at(&bytes, Path::new("/"));
         }
 
         #[test]

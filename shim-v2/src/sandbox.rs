@@ -151,28 +151,38 @@ impl Sandbox {
             id: &self.id,
             pid: self.running().map(|machine| machine.pid()),
         };
-        let Translation { guest, volumes } = spec::translate(host_spec, &request.id, pod)?;
-        let json = serde_json::to_vec(&guest).map_err(|source| ShimError::Json {
-            what: "the guest's configuration",
-            path: bundle.clone(),
-            source,
-        })?;
+        let Translation {
+            mut guest,
+            volumes,
+            devices,
+        } = spec::translate(host_spec, &request.id, pod)?;
         check_volumes(&volumes)?;
         let machine = self.machine(&part).await?;
         let needs = Needs {
             container_id: request.id.clone(),
             rootfs: request.rootfs.clone(),
+            read_only_root: spec::is_root_read_only(&guest),
             bundle: bundle.clone(),
             volumes,
+            devices: devices.clone(),
         };
-        machine.expose(needs).await?;
+        let numbers = machine.expose(needs).await?;
+        spec::renumber(&mut guest, &devices, &numbers);
         let stdio = Stdio {
             stdin: request.stdin.clone(),
             stdout: request.stdout.clone(),
             stderr: request.stderr.clone(),
             terminal: request.terminal,
         };
-        match create_in_guest(&machine, &request.id, json, stdio).await {
+        let created = async {
+            let json = serde_json::to_vec(&guest).map_err(|source| ShimError::Json {
+                what: "the guest's configuration",
+                path: bundle.clone(),
+                source,
+            })?;
+            create_in_guest(&machine, &request.id, json, stdio).await
+        };
+        match created.await {
             Ok(init) => {
                 let init = Arc::new(init);
                 Ok((

@@ -8,7 +8,9 @@ use crate::{
     mounts::{Bind, MountOptionsError, parse_options},
     pod::{self, Pod},
 };
-use oci_spec::runtime::{LinuxNamespaceType, Mount, Spec};
+use oci_spec::runtime::{
+    LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, LinuxNamespaceType, Mount, Spec,
+};
 use std::path::{Path, PathBuf};
 use walnut_agent_api::{POD_SHM, SHARE_MOUNT_POINT};
 
@@ -24,6 +26,21 @@ pub(crate) struct Translation {
     pub(crate) guest: Spec,
     /// Host files and directories to expose, by their number below the container's `mounts`.
     pub(crate) volumes: Vec<Volume>,
+    /// Block devices of the host that the container asks for, in the order of its configuration.
+    pub(crate) devices: Vec<BlockDevice>,
+}
+
+/// A block device of the host that a container gets as it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct BlockDevice {
+    /// In the container.
+    pub(crate) path: PathBuf,
+    /// On the host.
+    pub(crate) major: u32,
+    /// On the host.
+    pub(crate) minor: u32,
+    /// Whether the container's device rules let it only read.
+    pub(crate) read_only: bool,
 }
 
 /// A host file or directory that a container sees.
@@ -152,6 +169,7 @@ pub(crate) fn translate(
     translate_linux(&mut spec, container_id, pod)?;
     let volumes = translate_mounts(&mut spec, &base.join("mounts"), pod)?;
     Ok(Translation {
+        devices: block_devices(&spec),
         guest: spec,
         volumes,
     })
@@ -171,6 +189,97 @@ pub(crate) fn translate_linux(
     match linux.namespaces_mut() {
         Some(namespaces) => pod.share(namespaces),
         None => Ok(()),
+    }
+}
+
+/// Whether the container can't write to its root once it runs.
+pub(crate) fn is_root_read_only(spec: &Spec) -> bool {
+    let root = spec.root().as_ref();
+    root.and_then(oci_spec::runtime::Root::readonly)
+        .unwrap_or(false)
+}
+
+fn block_devices(spec: &Spec) -> Vec<BlockDevice> {
+    let linux = spec.linux().as_ref();
+    let devices = linux.and_then(|linux| linux.devices().as_ref());
+    let rules = linux
+        .and_then(|linux| linux.resources().as_ref())
+        .and_then(|resources| resources.devices().as_ref());
+    let mut found: Vec<BlockDevice> = Vec::new();
+    for device in devices.into_iter().flatten() {
+        let (Ok(major), Ok(minor)) = (device.major().try_into(), device.minor().try_into()) else {
+            continue;
+        };
+        let known = found
+            .iter()
+            .any(|other| (other.major, other.minor) == (major, minor));
+        if device.typ() == LinuxDeviceType::B && !known {
+            let rules = rules.into_iter().flatten();
+            found.push(BlockDevice {
+                path: device.path().clone(),
+                major,
+                minor,
+                read_only: !rules.fold(true, |may, rule| may_write(may, rule, device)),
+            });
+        }
+    }
+    found
+}
+
+/// Whether a device may be written after one more rule: the last that speaks of it counts.
+fn may_write(before: bool, rule: &LinuxDeviceCgroup, device: &LinuxDevice) -> bool {
+    let any_type = rule.typ().is_none_or(|kind| kind == LinuxDeviceType::A);
+    let of_type = any_type || rule.typ() == Some(LinuxDeviceType::B);
+    let is = |number: Option<i64>, of_device| {
+        number.is_none_or(|number| number < 0 || number == of_device)
+    };
+    let of_device = is(rule.major(), device.major()) && is(rule.minor(), device.minor());
+    let writes = rule
+        .access()
+        .as_ref()
+        .is_none_or(|access| access.contains('w'));
+    if of_type && of_device && writes {
+        rule.allow()
+    } else {
+        before
+    }
+}
+
+/// Puts the guest's numbers of block devices in place of the host's.
+pub(crate) fn renumber(spec: &mut Spec, devices: &[BlockDevice], numbers: &[(u32, u32)]) {
+    let Some(linux) = spec.linux_mut() else {
+        return;
+    };
+    let of_guest = |major: i64, minor: i64| {
+        let is = |device: &BlockDevice| {
+            (i64::from(device.major), i64::from(device.minor)) == (major, minor)
+        };
+        let index = devices.iter().position(is)?;
+        numbers
+            .get(index)
+            .map(|&(major, minor)| (i64::from(major), i64::from(minor)))
+    };
+    for device in linux.devices_mut().iter_mut().flatten() {
+        if let (LinuxDeviceType::B, Some((major, minor))) =
+            (device.typ(), of_guest(device.major(), device.minor()))
+        {
+            device.set_major(major);
+            device.set_minor(minor);
+        }
+    }
+    let resources = linux.resources_mut().as_mut();
+    for rule in resources
+        .and_then(|resources| resources.devices_mut().as_mut())
+        .into_iter()
+        .flatten()
+    {
+        if let (Some(LinuxDeviceType::B), Some(major), Some(minor)) =
+            (rule.typ(), rule.major(), rule.minor())
+            && let Some((major, minor)) = of_guest(major, minor)
+        {
+            rule.set_major(Some(major));
+            rule.set_minor(Some(minor));
+        }
     }
 }
 
@@ -335,7 +444,7 @@ mod tests {
             "mounts":[{"destination":"/dev/shm","type":"bind","source":"/s/pod/shm","options":["rbind","ro"]},
                       {"destination":"/data","type":"bind","source":"/h","options":["rbind"]}],
             "linux":{"cgroupsPath":"/default/c1","namespaces":[{"type":"pid"},{"type":"ipc"},{"type":"mount"}]}}"#;
-        let Translation { guest, volumes } = translate(spec(json), "c1", POD).unwrap();
+        let Translation { guest, volumes, .. } = translate(spec(json), "c1", POD).unwrap();
         let linux = guest.linux().as_ref().unwrap();
         assert_eq!(linux.cgroups_path().as_deref(), Some(Path::new("/c1")));
         let mounts = guest.mounts().as_ref().unwrap();
@@ -369,6 +478,47 @@ mod tests {
                 kind: LinuxNamespaceType::Network
             })
         );
+    }
+
+    #[test]
+    fn block_devices_get_the_guests_numbers_and_the_rules_say_who_writes() {
+        let mut spec = spec(
+            r#"{"ociVersion":"1.2.0","root":{"path":"rootfs"},"linux":{
+                "devices":[
+                    {"path":"/dev/data","type":"b","major":253,"minor":1},
+                    {"path":"/dev/fuse","type":"c","major":253,"minor":1},
+                    {"path":"/dev/seen","type":"b","major":253,"minor":2}],
+                "resources":{"devices":[
+                    {"allow":false,"access":"rwm"},
+                    {"allow":true,"type":"b","major":253,"minor":1,"access":"rwm"},
+                    {"allow":true,"type":"b","major":253,"minor":2,"access":"rm"}]}}}"#,
+        );
+        let devices = block_devices(&spec);
+        let found: Vec<_> = devices
+            .iter()
+            .map(|device| (device.minor, device.read_only))
+            .collect();
+        assert_eq!(found, [(1, false), (2, true)]);
+        renumber(&mut spec, &devices, &[(254, 16), (254, 32)]);
+        let linux = spec.linux().as_ref().unwrap();
+        let numbers: Vec<_> = linux
+            .devices()
+            .as_ref()
+            .unwrap()
+            .iter()
+            .map(|device| (device.major(), device.minor()))
+            .collect();
+        assert_eq!(numbers, [(254, 16), (253, 1), (254, 32)]);
+        let rules = linux
+            .resources()
+            .as_ref()
+            .unwrap()
+            .devices()
+            .clone()
+            .unwrap();
+        assert_eq!(rules[1].minor(), Some(16));
+        assert_eq!(rules[2].major(), Some(254));
+        assert_eq!(rules[0].major(), None);
     }
 
     #[test]

@@ -11,7 +11,7 @@
 
 use crate::{
     mounts::{Bind, MountOptionsError, parse_options, unmount_below},
-    spec::Volume,
+    spec::{BlockDevice, Volume},
 };
 use containerd_shim_protos::api::Mount;
 use rustix::mount::{
@@ -24,6 +24,9 @@ use std::{
     os::unix::fs::FileTypeExt as _,
     path::{Component, Path, PathBuf},
 };
+
+/// linux/magic.h.
+const HUGETLBFS_MAGIC: rustix::fs::FsWord = 0x9584_58f6;
 
 /// Why a container's files can't be exposed or withdrawn.
 #[derive(Debug, thiserror::Error)]
@@ -64,6 +67,9 @@ pub(crate) enum StorageError {
     /// A volume that doesn't exist.
     #[error("volume {0:?} does not exist on the host")]
     NoVolume(PathBuf),
+    /// A volume that is memory of the host in huge pages.
+    #[error("volume {0:?} is of huge pages of the host, which cannot be shared with a VM")]
+    HugePages(PathBuf),
     /// A volume that a shared file system can't carry.
     #[error("volume {path:?} is a {kind}; only files and directories can be shared with a VM")]
     VolumeKind {
@@ -88,10 +94,23 @@ pub(crate) struct Needs {
     pub(crate) container_id: String,
     /// The mounts that make up its root file system, in order; none means `<bundle>/rootfs`.
     pub(crate) rootfs: Vec<Mount>,
+    /// Whether its configuration makes its root read-only.
+    pub(crate) read_only_root: bool,
     /// Its bundle.
     pub(crate) bundle: PathBuf,
     /// Its volumes.
     pub(crate) volumes: Vec<Volume>,
+    /// Block devices that it uses as they are.
+    pub(crate) devices: Vec<BlockDevice>,
+}
+
+/// Where a root file system is mounted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Root {
+    /// On the host, for the share to show.
+    OnHost,
+    /// By the guest, from disks, over an empty directory of the share.
+    InGuest,
 }
 
 /// Whether every volume can be shared, before a VM is booted for it.
@@ -141,8 +160,8 @@ impl Share {
     }
 
     /// Mounts what a container needs; leaves nothing behind on failure.
-    pub(crate) fn expose(&self, needs: &Needs) -> Result<(), StorageError> {
-        let exposed = self.expose_all(needs);
+    pub(crate) fn expose(&self, needs: &Needs, root: Root) -> Result<(), StorageError> {
+        let exposed = self.expose_all(needs, root);
         if exposed.is_err() {
             // The first error is the one to tell.
             let _ = self.withdraw(&needs.container_id);
@@ -150,15 +169,17 @@ impl Share {
         exposed
     }
 
-    fn expose_all(&self, needs: &Needs) -> Result<(), StorageError> {
+    fn expose_all(&self, needs: &Needs, root: Root) -> Result<(), StorageError> {
         let place = Path::new(&needs.container_id).join("rootfs");
         create_directory(&self.tree.join(&place))?;
         let rootfs = self.root.join(place);
-        if needs.rootfs.is_empty() {
-            bind(&needs.bundle.join("rootfs"), &rootfs, Bind::Recursive)?;
-        }
-        for mount in &needs.rootfs {
-            mount_rootfs(mount, &rootfs)?;
+        if root == Root::OnHost {
+            if needs.rootfs.is_empty() {
+                bind(&needs.bundle.join("rootfs"), &rootfs, Bind::Recursive)?;
+            }
+            for mount in &needs.rootfs {
+                mount_rootfs(mount, &rootfs)?;
+            }
         }
         for (number, volume) in needs.volumes.iter().enumerate() {
             let place = Path::new(&needs.container_id)
@@ -274,6 +295,9 @@ fn volume_kind(source: &Path) -> Result<VolumeKind, StorageError> {
         Err(error) => return Err(failed("looking at volume", source)(error)),
     };
     let kind = metadata.file_type();
+    if rustix::fs::statfs(source).is_ok_and(|of| of.f_type == HUGETLBFS_MAGIC) {
+        return Err(StorageError::HugePages(source.to_owned()));
+    }
     let name = match () {
         () if kind.is_dir() => return Ok(VolumeKind::Directory),
         () if kind.is_file() => return Ok(VolumeKind::File),
@@ -387,8 +411,10 @@ mod tests {
         Needs {
             container_id: "c1".into(),
             rootfs: Vec::new(),
+            read_only_root: false,
             bundle: bundle.to_owned(),
             volumes,
+            devices: Vec::new(),
         }
     }
 
@@ -445,7 +471,9 @@ mod tests {
             },
         ];
         let share = create(directory.path());
-        share.expose(&needs(&bundle, volumes)).unwrap();
+        share
+            .expose(&needs(&bundle, volumes), Root::OnHost)
+            .unwrap();
         let base = share.root().join("c1");
         assert!(base.join("rootfs/bin").is_dir());
         assert_eq!(
@@ -490,7 +518,7 @@ mod tests {
                 read_only: false,
             };
             let error = share
-                .expose(&needs(&bundle, vec![volume]))
+                .expose(&needs(&bundle, vec![volume]), Root::OnHost)
                 .unwrap_err()
                 .to_string();
             assert!(error.starts_with(expected), "{error}");

@@ -8,6 +8,7 @@
 )]
 
 use crate::{
+    blocks::DiskFiles,
     cgroup::{Cgroup, CgroupError},
     config::Config,
     control::{self, Control, ControlError},
@@ -132,6 +133,14 @@ pub(crate) enum VmError {
     /// The VMM ended.
     #[error("the VM ended before its guest was ready: {0}")]
     Ended(String),
+    /// No room for one more device.
+    #[error("the VM is full: the VMM could not {what}: {reason}")]
+    Full {
+        /// What was asked of it.
+        what: &'static str,
+        /// Its own words.
+        reason: String,
+    },
     /// Nothing happened.
     #[error("the guest was not ready after {} s; its console: {console}", BOOT_DEADLINE.as_secs())]
     Deadline {
@@ -293,6 +302,15 @@ impl Vm {
         }
     }
 
+    /// Attaches a disk; answers the place that the guest finds it at.
+    pub(crate) async fn attach_disk(&self, disk: &DiskFiles) -> Result<String, VmError> {
+        let what = "attach a disk";
+        match self.ask(what, &disk.request(), &disk.files).await? {
+            Message::Attached { name } => Ok(printable(&name, MAX_PLACE_BYTES)),
+            other => Err(unexpected(what, &other)),
+        }
+    }
+
     /// Removes a device that the guest's driver has let go of.
     pub(crate) async fn detach(&self, name: &str) -> Result<(), VmError> {
         let request = Request::Detach {
@@ -397,6 +415,13 @@ impl Vm {
 
 fn unexpected(what: &'static str, answer: &Message) -> VmError {
     let reason = match answer {
+        Message::Failed {
+            kind: FailureKind::Full,
+            error,
+        } => {
+            let reason = printable(error, MAX_REASON_BYTES);
+            return VmError::Full { what, reason };
+        }
         Message::Failed { error, .. } => printable(error, MAX_REASON_BYTES),
         _ => "its answer is to another request".to_owned(),
     };

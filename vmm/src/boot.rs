@@ -261,7 +261,12 @@ fn add_share(
 /// A disk, for [`boot`] or a running machine.
 pub fn disk(config: &DiskConfig, files: &mut Files) -> Result<Block, BootError> {
     let file = files.take_file(config.file)?;
-    Ok(Block::new(file, config)?)
+    let others = config.joined.iter().map(|slot| files.take_file(*slot));
+    Ok(Block::joined(
+        file,
+        others.collect::<Result<_, _>>()?,
+        config,
+    )?)
 }
 
 fn add_pmem(

@@ -9,7 +9,7 @@ mod devices;
 mod identity;
 mod init;
 pub(crate) mod launch;
-mod mount_options;
+pub(crate) mod mount_options;
 mod mounts;
 mod program;
 pub(crate) mod refuse;

@@ -7,9 +7,9 @@ use rustix::mount::MountAttrFlags;
 
 /// Attributes to set and to clear, in the terms of mount_setattr(2).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Attributes {
-    pub(super) set: u64,
-    pub(super) clear: u64,
+pub(crate) struct Attributes {
+    pub(crate) set: u64,
+    pub(crate) clear: u64,
 }
 
 impl Attributes {
@@ -18,14 +18,14 @@ impl Attributes {
         self.clear = (self.clear & !set) | clear;
     }
 
-    pub(super) fn is_empty(self) -> bool {
+    pub(crate) fn is_empty(self) -> bool {
         self == Self::default()
     }
 }
 
 /// Whether a mount is a file system of its own or shows another place of the tree.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Bind {
+pub(crate) enum Bind {
     No,
     One,
     Tree,
@@ -33,24 +33,24 @@ pub(super) enum Bind {
 
 /// The options of one mount, understood.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct MountOptions {
-    pub(super) bind: Bind,
+pub(crate) struct MountOptions {
+    pub(crate) bind: Bind,
     /// For the mount itself.
-    pub(super) attributes: Attributes,
+    pub(crate) attributes: Attributes,
     /// For the mount and all below it.
-    pub(super) tree_attributes: Attributes,
+    pub(crate) tree_attributes: Attributes,
     /// Propagation type (`MS_*`) and whether it is meant for the whole tree, in the order given.
-    pub(super) propagation: Vec<(u64, bool)>,
+    pub(crate) propagation: Vec<(u64, bool)>,
     /// The file system's own options.
-    pub(super) data: Vec<(String, Option<String>)>,
+    pub(crate) data: Vec<(String, Option<String>)>,
 }
 
 /// An option that is known and not applied.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct UnsupportedOption(pub(super) String);
+pub(crate) struct UnsupportedOption(pub(crate) String);
 
 /// Understands the options of one mount.
-pub(super) fn parse(kind: &str, options: &[String]) -> Result<MountOptions, UnsupportedOption> {
+pub(crate) fn parse(kind: &str, options: &[String]) -> Result<MountOptions, UnsupportedOption> {
     let mut parsed = MountOptions {
         bind: if kind == "bind" { Bind::One } else { Bind::No },
         attributes: Attributes::default(),

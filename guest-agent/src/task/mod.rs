@@ -354,7 +354,7 @@ fn same_terminal(of_request: bool, of_document: bool) -> Result<(), TaskError> {
 }
 
 /// containerd's identifiers: they become parts of paths.
-fn check_id(what: &'static str, id: &str) -> Result<(), TaskError> {
+pub(crate) fn check_id(what: &'static str, id: &str) -> Result<(), TaskError> {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
     let first = id
         .bytes()

@@ -59,6 +59,10 @@ pub struct ShareConfig {
 pub struct DiskConfig {
     /// The backing file, opened read-only or read-write as `read_only` says.
     pub file: FdSlot,
+    /// Files that follow it on the disk, for a disk that is read only: each before the last has a multiple of 4096 bytes,
+    /// and no request crosses from one to the next.
+    #[serde(default)]
+    pub joined: Vec<FdSlot>,
     /// Whether the guest may only read.
     pub read_only: bool,
     /// What the guest reads as the device's serial, at most 20 bytes of printable ASCII.
@@ -183,6 +187,7 @@ impl DiskConfig {
     pub fn new(file: FdSlot, read_only: bool, serial: &str) -> Self {
         Self {
             file,
+            joined: Vec::new(),
             read_only,
             serial: serial.to_owned(),
             queues: one(),
@@ -200,12 +205,23 @@ impl DiskConfig {
         let (logical, physical) = (self.logical_block_bytes, self.physical_block_bytes);
         block_bytes("disk.logical_block_bytes", logical, MIN_BLOCK_BYTES)?;
         block_bytes("disk.physical_block_bytes", physical, logical)?;
+        if !self.joined.is_empty() && !self.read_only {
+            let count = self.joined.len() as u64;
+            return Err(broken(
+                "number of disk.joined",
+                count,
+                "0 where the guest writes",
+            ));
+        }
         validate_rate("disk.rate", self.rate)
     }
 
     /// The files that it names.
     pub fn slots(&self) -> Vec<(&'static str, FdSlot)> {
-        vec![("disk.file", self.file)]
+        let joined = self.joined.iter().map(|slot| ("disk.joined", *slot));
+        std::iter::once(("disk.file", self.file))
+            .chain(joined)
+            .collect()
     }
 }
 
@@ -296,7 +312,10 @@ mod tests {
     #[test]
     fn what_a_disk_cannot_be_is_named() {
         type Change = fn(&mut DiskConfig);
-        let cases: [(&str, Change); 5] = [
+        let cases: [(&str, Change); 6] = [
+            ("number of disk.joined is 1", |disk| {
+                disk.joined = vec![FdSlot(1)]
+            }),
             ("disk.queues is 0", |disk| disk.queues = 0),
             ("disk.logical_block_bytes is 256", |disk| {
                 disk.logical_block_bytes = 256;

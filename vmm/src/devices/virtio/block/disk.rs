@@ -36,6 +36,8 @@ pub(super) const MAX_RANGE_SECTORS: u32 = 512 * 1024;
 const ID_BYTES: usize = 20;
 /// Smaller discards free nothing on the file systems of hosts.
 const DISCARD_BYTES: u32 = 4096;
+/// What the length of a file that another follows is a multiple of: no block of a file system crosses from one to the next.
+const JOINT_BYTES: u64 = 4096;
 /// `BLKDISCARD`: `_IO(0x12, 119)`.
 const BLKDISCARD: libc::Ioctl = 0x1277;
 const _: () = assert!(MAX_SEGMENTS as usize + 2 == MAX_DESCRIPTORS);
@@ -43,6 +45,16 @@ const _: () = assert!(MAX_SEGMENTS as usize + 2 == MAX_DESCRIPTORS);
 /// Why a disk cannot be attached.
 #[derive(Debug, thiserror::Error)]
 pub enum BlockError {
+    /// Another file cannot follow this one.
+    #[error(
+        "disk {serial:?} has a file of {bytes} bytes before another, not a multiple of {JOINT_BYTES}"
+    )]
+    Joint {
+        /// Serial of the disk.
+        serial: String,
+        /// Bytes of the file.
+        bytes: u64,
+    },
     /// Its size cannot be found out.
     #[error("cannot tell the size of the file behind disk {serial:?}")]
     Size {
@@ -65,6 +77,8 @@ pub enum BlockError {
 #[derive(Debug)]
 pub(super) struct Disk {
     file: File,
+    /// Files after it, with the position where each begins.
+    others: Vec<(u64, File)>,
     pub(super) capacity_bytes: u64,
     pub(super) read_only: bool,
     pub(super) logical_block_bytes: u32,
@@ -172,6 +186,44 @@ pub(super) enum Plan {
 }
 
 impl Disk {
+    /// A disk of `file` and the others, one after another, of which nothing is written.
+    pub(super) fn joined(
+        file: File,
+        others: Vec<File>,
+        config: &DiskConfig,
+    ) -> Result<Self, BlockError> {
+        let mut disk = Self::new(file, config)?;
+        for mut file in others {
+            let bytes = disk.capacity_bytes;
+            let serial = || config.serial.clone();
+            if !bytes.is_multiple_of(JOINT_BYTES) {
+                return Err(BlockError::Joint {
+                    serial: serial(),
+                    bytes,
+                });
+            }
+            let more = file
+                .seek(SeekFrom::End(0))
+                .map_err(|source| BlockError::Size {
+                    serial: serial(),
+                    source,
+                })?;
+            disk.others.push((bytes, file));
+            disk.capacity_bytes =
+                bytes.saturating_add(more - more % u64::from(config.logical_block_bytes.max(512)));
+        }
+        Ok(disk)
+    }
+
+    /// The file that holds this position of the disk, and where in the disk it begins.
+    fn part(&self, position: u64) -> (u64, &File) {
+        let after = self.others.partition_point(|(start, _)| *start <= position);
+        let part = after
+            .checked_sub(1)
+            .and_then(|index| self.others.get(index));
+        part.map_or((0, &self.file), |(start, file)| (*start, file))
+    }
+
     /// A disk in `file`; what is beyond the last whole block is not seen.
     pub(super) fn new(mut file: File, config: &DiskConfig) -> Result<Self, BlockError> {
         let serial = &config.serial;
@@ -204,6 +256,7 @@ impl Disk {
         };
         Ok(Self {
             file,
+            others: Vec::new(),
             capacity_bytes: size - size % u64::from(config.logical_block_bytes.max(512)),
             read_only: config.read_only,
             logical_block_bytes: config.logical_block_bytes,
@@ -215,9 +268,9 @@ impl Disk {
         })
     }
 
-    /// The file, for who does its I/O.
-    pub(super) fn file(&self) -> &File {
-        &self.file
+    /// The file, for who does its I/O; `None` where there are several.
+    pub(super) fn file(&self) -> Option<&File> {
+        self.others.is_empty().then_some(&self.file)
     }
 
     /// Bytes below which a discard gives nothing back.
@@ -268,7 +321,9 @@ impl Disk {
         let position = sector.checked_mul(SECTOR_BYTES)?;
         let within = position.checked_add(bytes)? <= self.capacity_bytes;
         let whole = bytes.is_multiple_of(SECTOR_BYTES) && bytes <= MAX_REQUEST_BYTES;
-        (within && whole).then_some((position, u32::try_from(bytes).ok()?))
+        // Partitions end where files do, so that only a guest of its own making asks across.
+        let of_one_file = bytes == 0 || self.part(position).0 == self.part(position + bytes - 1).0;
+        (within && whole && of_one_file).then_some((position, u32::try_from(bytes).ok()?))
     }
 
     fn erase(&self, ranges: &[Range], known: u32, how: impl Fn(u32) -> Erasure) -> Plan {
@@ -321,8 +376,9 @@ impl Disk {
     ) -> io::Result<()> {
         match job {
             Job::Read(position, pieces) => {
-                for_each_slice(memory, pieces, *position, |slice, position| {
-                    memory::read_at(&self.file, slice, position)
+                let (start, file) = self.part(*position);
+                for_each_slice(memory, pieces, *position - start, |slice, position| {
+                    memory::read_at(file, slice, position)
                 })
             }
             Job::Write(position, pieces) => {

@@ -45,7 +45,12 @@ pub struct Block {
 impl Block {
     /// A device that is not started, for the disk in `file`.
     pub fn new(file: File, config: &DiskConfig) -> Result<Self, BlockError> {
-        let disk = Disk::new(file, config)?;
+        Self::joined(file, Vec::new(), config)
+    }
+
+    /// As [`Block::new`], for a disk that goes on in `others`.
+    pub fn joined(file: File, others: Vec<File>, config: &DiskConfig) -> Result<Self, BlockError> {
+        let disk = Disk::joined(file, others, config)?;
         let refused = |source| BlockError::Rate {
             serial: config.serial.clone(),
             source,
@@ -56,8 +61,8 @@ impl Block {
         for _ in 0..config.queues.max(1) {
             let limiter = limits.as_ref().map(RateLimiter::share);
             let lane = Lane {
-                // Old, switched off (kernel.io_uring_disabled) or filtered away: there is a way without it.
-                ring: Ring::new(disk.file()).ok(),
+                // Of several files, old, switched off (kernel.io_uring_disabled) or filtered away: there is a way without it.
+                ring: disk.file().and_then(|file| Ring::new(file).ok()),
                 limiter: limiter.transpose().map_err(refused)?,
             };
             lanes.push(Arc::new(Mutex::new(Some(lane))));
