@@ -2,7 +2,10 @@
 //!
 //! containerd turns a code into its own error of that name, by which clients decide. Must not log.
 
-use crate::{container::refuse::SpecError, guest::GuestError, stdio::StdioError, task::TaskError};
+use crate::{
+    cgroup::CgroupError, container::refuse::SpecError, guest::GuestError, stdio::StdioError,
+    task::TaskError,
+};
 use std::error::Error;
 use ttrpc::{Code, get_status};
 
@@ -23,7 +26,7 @@ impl From<TaskError> for ttrpc::Error {
             TaskError::NotFound { .. } | TaskError::Finished => Code::NOT_FOUND,
             TaskError::Exists { .. } => Code::ALREADY_EXISTS,
             TaskError::State { .. } | TaskError::Paused { .. } => Code::FAILED_PRECONDITION,
-            TaskError::Unsupported(_) | TaskError::Spec(SpecError::Unsupported(_)) => {
+            TaskError::Unsupported(_) | TaskError::Spec(SpecError::Unsupported { .. }) => {
                 Code::UNIMPLEMENTED
             }
             TaskError::Id { .. }
@@ -34,7 +37,8 @@ impl From<TaskError> for ttrpc::Error {
             | TaskError::Resources(_)
             | TaskError::DeviceRules(_)
             | TaskError::Stdio(StdioError::Name { .. }) => Code::INVALID_ARGUMENT,
-            TaskError::Stdio(StdioError::Missing { .. }) => Code::FAILED_PRECONDITION,
+            TaskError::Stdio(StdioError::Missing { .. })
+            | TaskError::Cgroup(CgroupError::InUse { .. }) => Code::FAILED_PRECONDITION,
             TaskError::Launch(launch) if launch.is_of_request() => Code::INVALID_ARGUMENT,
             TaskError::Stdio(StdioError::System { .. })
             | TaskError::Launch(_)

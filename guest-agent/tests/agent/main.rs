@@ -5,4 +5,5 @@ mod enforcement;
 mod fixture;
 mod lifecycle;
 mod setup;
+mod specification;
 mod stdio;
