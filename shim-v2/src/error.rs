@@ -3,8 +3,8 @@
 //! containerd maps the codes to its own errors (its `errdefs` package); its clients print the message.
 
 use crate::{
-    agent::AgentError, config::ConfigError, io::IoError, machine::MachineError, spec::SpecError,
-    storage::StorageError, vm::VmError,
+    agent::AgentError, config::ConfigError, hooks::HookError, io::IoError, machine::MachineError,
+    spec::SpecError, storage::StorageError, vm::VmError,
 };
 use std::{error::Error, path::PathBuf};
 use ttrpc::Code;
@@ -83,6 +83,9 @@ pub(crate) enum ShimError {
     /// The container's configuration.
     #[error(transparent)]
     Spec(#[from] SpecError),
+    /// A hook.
+    #[error(transparent)]
+    Hook(#[from] HookError),
     /// Stdio.
     #[error(transparent)]
     Io(#[from] IoError),
@@ -122,6 +125,8 @@ impl ShimError {
             Self::Name { .. } | Self::Json { .. } | Self::Spec(_) => Code::INVALID_ARGUMENT,
             Self::Bundle { .. } => Code::NOT_FOUND,
             Self::VmEnded(_) => Code::UNAVAILABLE,
+            Self::Hook(HookError::Task(_)) => Code::INTERNAL,
+            Self::Hook(_) => Code::FAILED_PRECONDITION,
             Self::Io(IoError::Scheme { .. }) => Code::UNIMPLEMENTED,
             Self::Io(IoError::Open { .. }) => Code::INVALID_ARGUMENT,
             Self::Io(IoError::Stream { source, .. }) | Self::Agent(source) => agent_code(source),

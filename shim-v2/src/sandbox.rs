@@ -18,6 +18,7 @@ use crate::{
     container::{Container, Exit, KILLED, Process},
     error::ShimError,
     events::Events,
+    hooks::HostHooks,
     io::{Stdio, Streams},
     log,
     machine::Machine,
@@ -38,7 +39,8 @@ use tokio::sync::watch;
 /// What a process that could not be started reports.
 const START_FAILED: u32 = 255;
 
-const SIGKILL: u32 = 9;
+/// The signal that no process survives.
+pub(crate) const SIGKILL: u32 = 9;
 
 /// Where the machine is in its life.
 #[derive(Clone)]
@@ -99,8 +101,10 @@ impl Sandbox {
             Ok((machine, container)) => {
                 let container = Arc::new(container);
                 let init = Arc::clone(&container.init);
+                let hooks = Arc::clone(&container.hooks);
                 if !self.containers.fill_if_wanted(&id, container) {
                     discard(&machine, &id).await;
+                    hooks.stopped().await;
                     self.forget(&id).await;
                     return Err(state_error("create", &id, "given up by who asked for it"));
                 }
@@ -121,8 +125,11 @@ impl Sandbox {
         request: &api::CreateTaskRequest,
     ) -> Result<(Arc<Machine>, Container), ShimError> {
         let bundle = PathBuf::from(&request.bundle);
-        let host_spec = read_spec(&bundle.join("config.json"))?;
+        let mut host_spec = read_spec(&bundle.join("config.json"))?;
+        let hooks = HostHooks::take(&mut host_spec, &request.id, &bundle);
         let part = spec::host_part(&host_spec);
+        let root = host_spec.root().as_ref();
+        let root = bundle.join(root.map_or(Path::new("rootfs"), |root| root.path()));
         let Translation { guest, volumes } = spec::translate(host_spec, &request.id)?;
         let json = serde_json::to_vec(&guest).map_err(|source| ShimError::Json {
             what: "the guest's configuration",
@@ -134,7 +141,7 @@ impl Sandbox {
         let needs = Needs {
             container_id: request.id.clone(),
             rootfs: request.rootfs.clone(),
-            bundle: bundle.clone(),
+            root,
             volumes,
         };
         machine.expose(needs).await?;
@@ -144,13 +151,18 @@ impl Sandbox {
             stderr: request.stderr.clone(),
             terminal: request.terminal,
         };
-        match create_in_guest(&machine, &request.id, json, stdio).await {
+        let created = async {
+            hooks.creating(machine.pid()).await?;
+            create_in_guest(&machine, &request.id, json, stdio).await
+        };
+        match created.await {
             Ok(init) => {
                 let init = Arc::new(init);
                 Ok((
                     machine,
                     Container {
                         bundle,
+                        hooks,
                         init,
                         execs: Slots::default(),
                     },
@@ -160,6 +172,7 @@ impl Sandbox {
                 if let Err(undo) = machine.withdraw(&request.id).await {
                     log::error("undoing a failed Create", &undo);
                 }
+                hooks.stopped().await;
                 Err(error)
             }
         }
@@ -241,6 +254,7 @@ impl Sandbox {
             })?;
         match self.release_container(&id, &container).await {
             Ok(exit) => {
+                container.hooks.stopped().await;
                 self.events.deleted(&container.init, exit);
                 self.forget(&id).await;
                 Ok((container.init.pid(), exit))

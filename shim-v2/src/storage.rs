@@ -86,10 +86,10 @@ pub(crate) struct Share {
 pub(crate) struct Needs {
     /// The container.
     pub(crate) container_id: String,
-    /// The mounts that make up its root file system, in order; none means `<bundle>/rootfs`.
+    /// The mounts that make up its root file system, in order; none means `root`.
     pub(crate) rootfs: Vec<Mount>,
-    /// Its bundle.
-    pub(crate) bundle: PathBuf,
+    /// Where the configuration says that its root file system is, on the host.
+    pub(crate) root: PathBuf,
     /// Its volumes.
     pub(crate) volumes: Vec<Volume>,
 }
@@ -155,7 +155,7 @@ impl Share {
         create_directory(&self.tree.join(&place))?;
         let rootfs = self.root.join(place);
         if needs.rootfs.is_empty() {
-            bind(&needs.bundle.join("rootfs"), &rootfs, Bind::Recursive)?;
+            bind(&needs.root, &rootfs, Bind::Recursive)?;
         }
         for mount in &needs.rootfs {
             mount_rootfs(mount, &rootfs)?;
@@ -387,7 +387,7 @@ mod tests {
         Needs {
             container_id: "c1".into(),
             rootfs: Vec::new(),
-            bundle: bundle.to_owned(),
+            root: bundle.join("rootfs"),
             volumes,
         }
     }

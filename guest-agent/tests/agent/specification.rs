@@ -6,10 +6,19 @@ use std::{fs, os::unix::fs::symlink, path::Path};
 
 const PROPERTIES: [(&str, &str); 5] = [
     ("process", include_str!("../../../tests/oci/process.json")),
-    ("namespaces", include_str!("../../../tests/oci/namespaces.json")),
-    ("filesystem", include_str!("../../../tests/oci/filesystem.json")),
+    (
+        "namespaces",
+        include_str!("../../../tests/oci/namespaces.json"),
+    ),
+    (
+        "filesystem",
+        include_str!("../../../tests/oci/filesystem.json"),
+    ),
     ("hooks", include_str!("../../../tests/oci/hooks.json")),
-    ("resources", include_str!("../../../tests/oci/resources.json")),
+    (
+        "resources",
+        include_str!("../../../tests/oci/resources.json"),
+    ),
 ];
 
 #[tokio::test]
@@ -34,7 +43,11 @@ async fn try_case(agent: &Agent, case: &Value) -> Result<(), String> {
     let id = unique("case");
     let script = case["script"].as_str().unwrap_or("true");
     let exec = case["exec"].as_object();
-    let first = if exec.is_some() { "exec sleep 1000" } else { script };
+    let first = if exec.is_some() {
+        "exec sleep 1000"
+    } else {
+        script
+    };
     let mut spec = agent.spec(&id, first);
     let root = spec["root"]["path"].as_str().unwrap().to_owned();
     prepare(Path::new(&root), case);
@@ -105,7 +118,8 @@ fn apply(spec: &mut Value, case: &Value, root: &str) {
         spec.pointer_mut(parent).unwrap()[key] = value.clone();
     }
     let text = spec.to_string();
-    *spec = serde_json::from_str(&text.replace("$ROOT", root).replace("$BUSYBOX", "/bin/sh")).unwrap();
+    *spec =
+        serde_json::from_str(&text.replace("$ROOT", root).replace("$BUSYBOX", "/bin/sh")).unwrap();
 }
 
 async fn refused(agent: &Agent, id: &str, spec: &Value, message: &str) -> Result<(), String> {
