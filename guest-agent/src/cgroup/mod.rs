@@ -299,3 +299,22 @@ fn remove_tree(path: &Path) -> io::Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_limit_below_what_is_used_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        fs::write(directory.path().join("memory.current"), "4096\n").unwrap();
+        let cgroup = Cgroup {
+            path: directory.path().to_owned(),
+        };
+        let error = cgroup.check_memory(4095).unwrap_err().to_string();
+        assert!(error.contains("below the 4096 bytes"), "{error}");
+        for limit in [4096, -1, 0] {
+            cgroup.check_memory(limit).unwrap();
+        }
+    }
+}
