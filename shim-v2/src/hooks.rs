@@ -34,20 +34,8 @@ const MAX_WORDS_BYTES: u64 = 2048;
 /// Why a container is not created or started.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum HookError {
-    /// A hook could not be run to its end.
-    #[error("hooks.{kind}[{index}] {path:?}")]
-    Run {
-        /// Which list.
-        kind: &'static str,
-        /// Position in it.
-        index: usize,
-        /// The program.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// A hook says no.
-    #[error("hooks.{kind}[{index}] {path:?} failed with {status}: {words}")]
+    /// A hook could not be run, or says no.
+    #[error("hooks.{kind}[{index}] {path:?} failed")]
     Failed {
         /// Which list.
         kind: &'static str,
@@ -55,19 +43,12 @@ pub(crate) enum HookError {
         index: usize,
         /// The program.
         path: PathBuf,
-        /// How it ended.
-        status: ExitStatus,
-        /// What it wrote.
-        words: String,
-    },
-    /// What has to run at the end could not be noted.
-    #[error("cannot note hooks.poststop in {path:?}")]
-    Note {
-        /// The file.
-        path: PathBuf,
-        /// Why.
+        /// Why, with what it wrote.
         source: io::Error,
     },
+    /// What has to run at the end could not be noted.
+    #[error("cannot note hooks.poststop in the bundle")]
+    Note(#[source] io::Error),
     /// A task of the shim itself.
     #[error("a task of the shim failed")]
     Task(#[from] tokio::task::JoinError),
@@ -164,11 +145,10 @@ impl HostHooks {
         if self.poststop().is_empty() {
             return Ok(());
         }
-        let path = self.bundle.join(LEFT_TO_RUN);
         serde_json::to_vec(self)
             .map_err(io::Error::other)
-            .and_then(|json| std::fs::write(&path, json))
-            .map_err(|source| HookError::Note { path, source })
+            .and_then(|json| std::fs::write(self.bundle.join(LEFT_TO_RUN), json))
+            .map_err(HookError::Note)
     }
 
     /// Each of `poststop`, whatever becomes of the ones before it, and once.
@@ -190,10 +170,8 @@ impl HostHooks {
         status: &'static str,
         pid: Option<u32>,
     ) -> Result<(), HookError> {
-        let hooks = hooks.unwrap_or_default().iter().enumerate();
-        hooks
-            .into_iter()
-            .try_for_each(|(index, hook)| self.run_one(kind, index, hook, status, pid))
+        let mut hooks = hooks.unwrap_or_default().iter().enumerate();
+        hooks.try_for_each(|(index, hook)| self.run_one(kind, index, hook, status, pid))
     }
 
     fn run_one(
@@ -204,7 +182,6 @@ impl HostHooks {
         status: &'static str,
         pid: Option<u32>,
     ) -> Result<(), HookError> {
-        let path = hook.path().clone();
         let state = State {
             oci_version: &self.oci_version,
             id: &self.id,
@@ -213,30 +190,20 @@ impl HostHooks {
             bundle: &self.bundle,
             annotations: &self.annotations,
         };
-        let ran = serde_json::to_vec(&state)
+        serde_json::to_vec(&state)
             .map_err(io::Error::other)
-            .and_then(|state| run(hook, &self.bundle, &state));
-        match ran {
-            Ok((status, _)) if status.success() => Ok(()),
-            Ok((status, words)) => Err(HookError::Failed {
+            .and_then(|state| run(hook, &self.bundle, &state))
+            .map_err(|source| HookError::Failed {
                 kind,
                 index,
-                path,
-                status,
-                words,
-            }),
-            Err(source) => Err(HookError::Run {
-                kind,
-                index,
-                path,
+                path: hook.path().clone(),
                 source,
-            }),
-        }
+            })
     }
 }
 
 /// Its streams are files, so that no hook makes the shim wait by reading or writing too little.
-fn run(hook: &Hook, directory: &Path, state: &[u8]) -> io::Result<(ExitStatus, String)> {
+fn run(hook: &Hook, directory: &Path, state: &[u8]) -> io::Result<()> {
     let file = || memfd_create("walnut-hook", MemfdFlags::CLOEXEC).map(File::from);
     let (mut input, mut errors) = (file()?, file()?);
     input.write_all(state)?;
@@ -253,11 +220,14 @@ fn run(hook: &Hook, directory: &Path, state: &[u8]) -> io::Result<(ExitStatus, S
         .stdout(file()?)
         .stderr(errors.try_clone()?);
     let status = wait(command.spawn()?, hook.timeout().unwrap_or(USUAL_SECONDS))?;
+    if status.success() {
+        return Ok(());
+    }
     let mut words = Vec::new();
     errors.rewind()?;
     errors.take(MAX_WORDS_BYTES).read_to_end(&mut words)?;
-    let words = String::from_utf8_lossy(&words).trim().to_owned();
-    Ok((status, words))
+    let words = String::from_utf8_lossy(&words);
+    Err(io::Error::other(format!("{status}: {}", words.trim())))
 }
 
 fn wait(mut hook: Child, seconds: i64) -> io::Result<ExitStatus> {
@@ -340,10 +310,10 @@ mod tests {
                 "poststop": [shell("exit 1"), shell("echo ran > told")],
             }),
         );
-        let error = hooks.creating(7).await.unwrap_err().to_string();
+        let error = hooks.creating(7).await.unwrap_err();
         assert_eq!(
-            error,
-            "hooks.createRuntime[0] \"/bin/sh\" failed with exit status: 3: no network"
+            one_line(&error),
+            "hooks.createRuntime[0] \"/bin/sh\" failed: exit status: 3: no network"
         );
         HostHooks::run_left_behind(bundle.path());
         assert!(bundle.path().join("told").exists());

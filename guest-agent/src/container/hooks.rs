@@ -44,20 +44,13 @@ pub(super) fn run(
     });
     for (index, hook) in hooks.iter().enumerate() {
         let attempted = format!("hooks.{kind}[{index}] {:?}", hook.path);
-        let (status, words) = run_one(hook, state.to_string().as_bytes())
-            .map_err(SetupError::named(attempted.clone()))?;
-        if !status.success() {
-            let words = words.trim();
-            return Err(SetupError::Request(format!(
-                "{attempted}: {status}: {words}"
-            )));
-        }
+        run_one(hook, state.to_string().as_bytes()).map_err(SetupError::named(attempted))?;
     }
     Ok(())
 }
 
 /// Its streams are files, so that no hook can make this process wait by reading or writing too little.
-fn run_one(hook: &Hook, state: &[u8]) -> io::Result<(ExitStatus, String)> {
+fn run_one(hook: &Hook, state: &[u8]) -> io::Result<()> {
     let file = || memfd_create("walnut-hook", MemfdFlags::CLOEXEC).map(File::from);
     let (mut input, mut errors) = (file()?, file()?);
     input.write_all(state)?;
@@ -73,10 +66,14 @@ fn run_one(hook: &Hook, state: &[u8]) -> io::Result<(ExitStatus, String)> {
         .stdout(file()?)
         .stderr(errors.try_clone()?);
     let status = wait(command.spawn()?, hook.timeout)?;
+    if status.success() {
+        return Ok(());
+    }
     let mut words = Vec::new();
     errors.rewind()?;
     errors.take(MAX_WORDS_BYTES).read_to_end(&mut words)?;
-    Ok((status, String::from_utf8_lossy(&words).into_owned()))
+    let words = String::from_utf8_lossy(&words);
+    Err(io::Error::other(format!("{status}: {}", words.trim())))
 }
 
 fn wait(mut hook: Child, timeout_seconds: Option<u32>) -> io::Result<ExitStatus> {
@@ -124,7 +121,7 @@ mod tests {
             Ok(()) => String::new(),
             Err(error) => {
                 let cause = std::error::Error::source(&error).map(ToString::to_string);
-                format!("{error} {}", cause.unwrap_or_default())
+                format!("{error}: {}", cause.unwrap_or_default())
             }
         }
     }

@@ -49,7 +49,11 @@ fn prints(guest: &mut Guest, case: &Case, id: &str, spec: &Value, text: &str) ->
     let bytes = spec.to_string().into_bytes();
     let exec = case.exec();
     let (stdio, stdout, stderr) = streams(guest)?;
-    let first = if exec.is_some() { Stdio::default() } else { stdio.clone() };
+    let first = if exec.is_some() {
+        Stdio::default()
+    } else {
+        stdio.clone()
+    };
     guest.agent.create(id, bytes, &first).context("create")?;
     let tasks = &guest.agent.tasks;
     tasks.start(id, "").context("start")?;

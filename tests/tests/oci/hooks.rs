@@ -24,7 +24,10 @@ fn hooks_of_the_host_run_there_in_order() -> Result<()> {
     let mut all = Vec::new();
     for runtime in [Runtime::Walnut, Runtime::Runc] {
         let (told, output) = run(runtime, &programs.busybox, "exit 0", "echo ran; ls /tmp")?;
-        ensure!(output.text() == "ran\nof-the-guest", "{runtime:?}: {output:?}");
+        ensure!(
+            output.text() == "ran\nof-the-guest",
+            "{runtime:?}: {output:?}"
+        );
         all.push(told);
     }
     let lists: Vec<_> = all[0].iter().map(|(list, ..)| list.as_str()).collect();
@@ -54,7 +57,10 @@ fn a_hook_that_fails_stops_the_container() -> Result<()> {
         all.push(told);
     }
     let lists: Vec<_> = all[0].iter().map(|(list, ..)| list.as_str()).collect();
-    ensure!(lists == ["prestart", "createRuntime", "poststop"], "{all:?}");
+    ensure!(
+        lists == ["prestart", "createRuntime", "poststop"],
+        "{all:?}"
+    );
     leak.nothing_left()
 }
 

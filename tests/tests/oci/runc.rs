@@ -31,7 +31,7 @@ pub(crate) fn try_case(programs: &Programs, case: &Case) -> Result<()> {
             "{output:?}, expected {text:?}"
         ),
         Expected::Refused(_) => ensure!(
-            output.end != End::Code(0),
+            output.end != End::Exited(0),
             "runc did not refuse it: {output:?}"
         ),
     }

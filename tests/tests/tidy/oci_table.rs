@@ -3,8 +3,8 @@
 use anyhow::{Context, Result, ensure};
 use oci_spec::runtime::Spec;
 use serde::de::{
-    self, Deserialize, DeserializeSeed, Deserializer, IntoDeserializer, MapAccess,
-    SeqAccess, Visitor, value,
+    self, Deserialize, DeserializeSeed, Deserializer, IntoDeserializer, MapAccess, SeqAccess,
+    Visitor, value,
 };
 use std::{cell::RefCell, collections::BTreeSet, fs, path::Path};
 
