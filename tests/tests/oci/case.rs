@@ -88,7 +88,7 @@ impl Case {
             None => &self.script(),
         };
         let mut spec: Value = serde_json::from_slice(&Spec::new(root, args).to_json())?;
-        spec["linux"]["cgroupsPath"] = json!(format!("/tests/{id}"));
+        spec["linux"]["cgroupsPath"] = json!(format!("/{id}"));
         if let Some(hostname) = self.value.get("hostname") {
             spec["hostname"] = hostname.clone();
         }
