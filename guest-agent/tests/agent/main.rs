@@ -4,6 +4,7 @@
 mod enforcement;
 mod fixture;
 mod lifecycle;
+mod pod;
 mod setup;
 mod specification;
 mod stdio;
