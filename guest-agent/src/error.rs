@@ -3,6 +3,7 @@
 //! containerd turns a code into its own error of that name, by which clients decide. Must not log.
 
 use crate::{
+    cgroup::CgroupError,
     container::refuse::SpecError,
     guest::{GuestError, network::NetworkError},
     stdio::StdioError,
@@ -29,7 +30,7 @@ impl From<TaskError> for ttrpc::Error {
             TaskError::NotFound { .. } | TaskError::Finished => Code::NOT_FOUND,
             TaskError::Exists { .. } => Code::ALREADY_EXISTS,
             TaskError::State { .. } | TaskError::Paused { .. } => Code::FAILED_PRECONDITION,
-            TaskError::Unsupported(_) | TaskError::Spec(SpecError::Unsupported(_)) => {
+            TaskError::Unsupported(_) | TaskError::Spec(SpecError::Unsupported { .. }) => {
                 Code::UNIMPLEMENTED
             }
             TaskError::Id { .. }
@@ -41,7 +42,8 @@ impl From<TaskError> for ttrpc::Error {
             | TaskError::Resources(_)
             | TaskError::DeviceRules(_)
             | TaskError::Stdio(StdioError::Name { .. }) => Code::INVALID_ARGUMENT,
-            TaskError::Stdio(StdioError::Missing { .. }) => Code::FAILED_PRECONDITION,
+            TaskError::Stdio(StdioError::Missing { .. })
+            | TaskError::Cgroup(CgroupError::InUse { .. }) => Code::FAILED_PRECONDITION,
             TaskError::Launch(launch) if launch.is_of_request() => Code::INVALID_ARGUMENT,
             TaskError::Stdio(StdioError::System { .. })
             | TaskError::Launch(_)

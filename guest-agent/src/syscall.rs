@@ -3,7 +3,7 @@
 //! The only file of the agent with unsafe code. Must not hold policy.
 #![allow(
     unsafe_code,
-    reason = "clone3, close_range, BLKPG, mount_setattr, bpf, signal and kill by number have no safe wrapper"
+    reason = "clone3, close_range, BLKPG, mount_setattr, sched_setattr, ioprio_set, bpf, signal and kill by number have no safe wrapper"
 )]
 
 use std::{
@@ -94,18 +94,32 @@ impl SingleThread {
 /// Forks with clone3(2) a sibling of this process: it gets new namespaces by `flags` (`CLONE_NEW*`) and
 /// starts its life in `cgroup`.
 pub(crate) fn fork_into(
-    _proof: SingleThread,
+    proof: &SingleThread,
     flags: u64,
+    cgroup: BorrowedFd<'_>,
+) -> io::Result<Side> {
+    let flags = flags | CLONE_INTO_CGROUP | u64::from(libc::CLONE_PARENT.unsigned_abs());
+    // With CLONE_PARENT the signal is that of this process, SIGCHLD, and must not be named.
+    fork(proof, flags, 0, Some(cgroup))
+}
+
+/// Forks with clone3(2) a child of this process, with new namespaces by `flags`.
+pub(crate) fn fork_child(proof: &SingleThread, flags: u64) -> io::Result<Side> {
+    fork(proof, flags, u64::from(libc::SIGCHLD.unsigned_abs()), None)
+}
+
+fn fork(
+    _proof: &SingleThread,
+    flags: u64,
+    exit_signal: u64,
     cgroup: Option<BorrowedFd<'_>>,
 ) -> io::Result<Side> {
-    let into_cgroup = cgroup.map_or(0, |_| CLONE_INTO_CGROUP);
     let args = libc::clone_args {
-        flags: flags | into_cgroup | u64::from(libc::CLONE_PARENT.unsigned_abs()),
+        flags,
         pidfd: 0,
         child_tid: 0,
         parent_tid: 0,
-        // With CLONE_PARENT it is that of this process, SIGCHLD, and must not be named.
-        exit_signal: 0,
+        exit_signal,
         stack: 0,
         stack_size: 0,
         tls: 0,
@@ -153,12 +167,42 @@ pub(crate) fn mount_setattr(
     clear: u64,
     propagation: u64,
 ) -> io::Result<()> {
-    let attributes = libc::mount_attr {
-        attr_set: set,
-        attr_clr: clear,
-        propagation,
-        userns_fd: 0,
-    };
+    set_mount(
+        mount,
+        recursive,
+        &libc::mount_attr {
+            attr_set: set,
+            attr_clr: clear,
+            propagation,
+            userns_fd: 0,
+        },
+    )
+}
+
+/// Makes a mount, and those below it when `recursive`, show its files' owners as the mappings of a user
+/// namespace say.
+pub(crate) fn map_mount_owners(
+    mount: BorrowedFd<'_>,
+    recursive: bool,
+    users: BorrowedFd<'_>,
+) -> io::Result<()> {
+    set_mount(
+        mount,
+        recursive,
+        &libc::mount_attr {
+            attr_set: libc::MOUNT_ATTR_IDMAP,
+            attr_clr: 0,
+            propagation: 0,
+            userns_fd: u64::from(users.as_raw_fd().unsigned_abs()),
+        },
+    )
+}
+
+fn set_mount(
+    mount: BorrowedFd<'_>,
+    recursive: bool,
+    attributes: &libc::mount_attr,
+) -> io::Result<()> {
     let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
     // SAFETY: the path is a C string and `attributes` has the size that is passed; both outlive the call.
     let result = unsafe {
@@ -167,10 +211,50 @@ pub(crate) fn mount_setattr(
             mount.as_raw_fd(),
             c"".as_ptr(),
             flags,
-            &raw const attributes,
+            &raw const *attributes,
             size_of::<libc::mount_attr>(),
         )
     };
+    if result == 0 {
+        return Ok(());
+    }
+    Err(io::Error::last_os_error())
+}
+
+/// What sched_setattr(2) takes.
+#[repr(C)]
+#[derive(Debug, Default)]
+pub(crate) struct SchedulerAttributes {
+    /// Its own, which [`set_scheduler`] fills in.
+    pub(crate) size: u32,
+    pub(crate) policy: u32,
+    pub(crate) flags: u64,
+    pub(crate) nice: i32,
+    pub(crate) priority: u32,
+    pub(crate) runtime: u64,
+    pub(crate) deadline: u64,
+    pub(crate) period: u64,
+}
+
+/// Sets how the kernel schedules a process.
+pub(crate) fn set_scheduler(pid: i32, attributes: &SchedulerAttributes) -> io::Result<()> {
+    let attributes = SchedulerAttributes {
+        size: u32::try_from(size_of::<SchedulerAttributes>()).map_err(io::Error::other)?,
+        ..*attributes
+    };
+    // SAFETY: `attributes` outlives the call and says its own size.
+    let result = unsafe { libc::syscall(libc::SYS_sched_setattr, pid, &raw const attributes, 0) };
+    if result == 0 {
+        return Ok(());
+    }
+    Err(io::Error::last_os_error())
+}
+
+/// Sets the priority of a process's input and output; see ioprio_set(2) for the value.
+pub(crate) fn set_io_priority(pid: i32, priority: i32) -> io::Result<()> {
+    const OF_PROCESS: i32 = 1;
+    // SAFETY: the call touches no memory of this process.
+    let result = unsafe { libc::syscall(libc::SYS_ioprio_set, OF_PROCESS, pid, priority) };
     if result == 0 {
         return Ok(());
     }

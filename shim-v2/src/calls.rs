@@ -5,8 +5,9 @@ use crate::{
     container::{Container, Exit, Process, ProcessState},
     error::ShimError,
     io::{Stdio, Streams},
+    log,
     machine::Machine,
-    sandbox::{Sandbox, delete_in_guest, start_failed, state_error, watch_process},
+    sandbox::{SIGKILL, Sandbox, delete_in_guest, start_failed, state_error, watch_process},
     slots::SlotError,
 };
 use containerd_shim_protos::{api, types::task::ProcessInfo};
@@ -64,7 +65,13 @@ impl Sandbox {
         // Queued before the process may be seen to end, so that its exit comes after it.
         self.events.started(&process);
         process.started();
-        if !process.is_init() {
+        if process.is_init() {
+            let container = self.container(&request.id)?;
+            if let Err(error) = container.hooks.started(machine.pid()).await {
+                kill_now(&machine, &request.id).await;
+                return Err(error.into());
+            }
+        } else {
             // A container's first process is watched since its creation.
             tokio::spawn(watch_process(
                 machine,
@@ -352,5 +359,17 @@ impl Sandbox {
             task_pid,
             ..Default::default()
         }
+    }
+}
+
+/// Ends a container whose start did not come to its end; who watches it tells containerd.
+async fn kill_now(machine: &Machine, id: &str) {
+    let kill = api::KillRequest {
+        id: id.to_owned(),
+        signal: SIGKILL,
+        ..Default::default()
+    };
+    if let Err(error) = machine.ask(machine.agent().kill(&kill)).await {
+        log::error("ending a container whose start failed", &error);
     }
 }

@@ -10,6 +10,7 @@ use crate::{
     cgroup,
     container::KILLED,
     error::one_line,
+    hooks::HostHooks,
     mounts::unmount_below,
     network, process_file,
     state_dir::{StateDir, socket_path},
@@ -29,9 +30,10 @@ use std::{
 /// `delete`.
 pub(crate) fn delete(args: &Args) -> anyhow::Result<()> {
     // A bundle that can't be read any more is no reason to leave a VM behind.
-    let membership = bundle_of(args)
-        .ok()
-        .and_then(|bundle| Membership::read(&bundle, &args.id).ok())
+    let bundle = bundle_of(args).ok();
+    let membership = bundle
+        .as_deref()
+        .and_then(|bundle| Membership::read(bundle, &args.id).ok())
         .unwrap_or(Membership::Own);
     let sandbox_id = membership.sandbox_id(&args.id);
     let socket = socket_path(&args.address, &args.namespace, sandbox_id);
@@ -40,6 +42,9 @@ pub(crate) fn delete(args: &Args) -> anyhow::Result<()> {
     if !(alive && matches!(membership, Membership::Joins(_))) {
         let state = StateDir::new(&args.namespace, sandbox_id);
         pid = remove_sandbox(&state, &socket)?;
+        if let Some(bundle) = &bundle {
+            HostHooks::run_left_behind(bundle);
+        }
     }
     let response = DeleteResponse {
         pid,

@@ -3,6 +3,7 @@
 //! Asks the guest nothing; `sandbox` and `calls` do, and tell the result here.
 
 use crate::{
+    hooks::HostHooks,
     io::{Drained, IoError, Stdio, Streams},
     slots::Slots,
 };
@@ -72,6 +73,8 @@ pub(crate) struct Process {
 pub(crate) struct Container {
     /// Its bundle, for State.
     pub(crate) bundle: PathBuf,
+    /// What runs on the host when it starts, and when it is gone.
+    pub(crate) hooks: Arc<HostHooks>,
     /// Its first process.
     pub(crate) init: Arc<Process>,
     /// Processes that were added.

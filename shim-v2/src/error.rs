@@ -3,9 +3,9 @@
 //! containerd maps the codes to its own errors (its `errdefs` package); its clients print the message.
 
 use crate::{
-    agent::AgentError, blocks::BlocksError, config::ConfigError, io::IoError,
-    machine::MachineError, network::NetworkError, pod_config::PodConfigError, spec::SpecError,
-    storage::StorageError, vm::VmError,
+    agent::AgentError, blocks::BlocksError, config::ConfigError, hooks::HookError, io::IoError, machine::MachineError,
+    network::NetworkError, pod_config::PodConfigError, spec::SpecError, storage::StorageError,
+    vm::VmError,
 };
 use std::{error::Error, path::PathBuf};
 use ttrpc::Code;
@@ -97,6 +97,9 @@ pub(crate) enum ShimError {
     /// The container's configuration.
     #[error(transparent)]
     Spec(#[from] SpecError),
+    /// A hook.
+    #[error(transparent)]
+    Hook(#[from] HookError),
     /// The Pod's configuration.
     #[error(transparent)]
     PodConfig(#[from] PodConfigError),
@@ -143,6 +146,8 @@ impl ShimError {
             }
             Self::Bundle { .. } => Code::NOT_FOUND,
             Self::VmEnded(_) => Code::UNAVAILABLE,
+            Self::Hook(HookError::Task(_)) => Code::INTERNAL,
+            Self::Hook(_) => Code::FAILED_PRECONDITION,
             Self::Io(IoError::Scheme { .. }) => Code::UNIMPLEMENTED,
             Self::Io(IoError::Open { .. }) => Code::INVALID_ARGUMENT,
             Self::Io(IoError::Stream { source, .. }) | Self::Agent(source) => agent_code(source),

@@ -17,6 +17,7 @@ mod container;
 mod control;
 mod error;
 mod events;
+mod hooks;
 mod info;
 mod io;
 mod log;

@@ -20,6 +20,7 @@ use crate::{
     container::{Container, Exit, KILLED, Process},
     error::ShimError,
     events::Events,
+    hooks::HostHooks,
     io::{Stdio, Streams},
     log,
     machine::Machine,
@@ -43,7 +44,8 @@ use tokio::sync::watch;
 /// What a process that could not be started reports.
 const START_FAILED: u32 = 255;
 
-const SIGKILL: u32 = 9;
+/// The signal that no process survives.
+pub(crate) const SIGKILL: u32 = 9;
 
 /// Where the machine is in its life.
 #[derive(Clone)]
@@ -111,8 +113,10 @@ impl Sandbox {
             Ok((machine, container, is_sandbox)) => {
                 let container = Arc::new(container);
                 let init = Arc::clone(&container.init);
+                let hooks = Arc::clone(&container.hooks);
                 if !self.containers.fill_if_wanted(&id, container) {
                     discard(&machine, &id).await;
+                    hooks.stopped().await;
                     self.forget(&id).await;
                     return Err(state_error("create", &id, "given up by who asked for it"));
                 }
@@ -145,7 +149,9 @@ impl Sandbox {
             Stage::Ready { .. } => pod_files::mount(&mut host_spec, &self.state.etc()),
             stage => return Err(state_error("use sandbox", &self.id, stage.name())),
         }
+        let hooks = HostHooks::take(&mut host_spec, &request.id, &bundle);
         let part = spec::host_part(&host_spec)?;
+        let root = spec::host_root(&host_spec, &bundle);
         let is_sandbox = pod::is_sandbox(&host_spec);
         let pod = Pod {
             id: &self.id,
@@ -162,7 +168,7 @@ impl Sandbox {
             container_id: request.id.clone(),
             rootfs: request.rootfs.clone(),
             read_only_root: spec::is_root_read_only(&guest),
-            bundle: bundle.clone(),
+            root,
             volumes,
             devices: devices.clone(),
         };
@@ -180,25 +186,24 @@ impl Sandbox {
                 path: bundle.clone(),
                 source,
             })?;
+            hooks.creating(machine.pid()).await?;
             create_in_guest(&machine, &request.id, json, stdio).await
         };
         match created.await {
             Ok(init) => {
-                let init = Arc::new(init);
-                Ok((
-                    machine,
-                    Container {
-                        bundle,
-                        init,
-                        execs: Slots::default(),
-                    },
-                    is_sandbox,
-                ))
+                let container = Container {
+                    bundle,
+                    hooks,
+                    init: Arc::new(init),
+                    execs: Slots::default(),
+                };
+                Ok((machine, container, is_sandbox))
             }
             Err(error) => {
                 if let Err(undo) = machine.withdraw(&request.id).await {
                     log::error("undoing a failed Create", &undo);
                 }
+                hooks.stopped().await;
                 Err(error)
             }
         }
@@ -292,6 +297,7 @@ impl Sandbox {
             })?;
         match self.release_container(&id, &container).await {
             Ok(exit) => {
+                container.hooks.stopped().await;
                 self.events.deleted(&container.init, exit);
                 self.forget(&id).await;
                 Ok((container.init.pid(), exit))

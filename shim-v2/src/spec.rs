@@ -156,6 +156,12 @@ pub(crate) fn host_part(spec: &Spec) -> Result<HostPart, SpecError> {
     })
 }
 
+/// Where a container's root file system is on the host, unless mounts make it up.
+pub(crate) fn host_root(spec: &Spec, bundle: &Path) -> PathBuf {
+    let root = spec.root().as_ref().map(|root| root.path().as_path());
+    bundle.join(root.unwrap_or(Path::new("rootfs")))
+}
+
 /// Rewrites a configuration for the guest.
 pub(crate) fn translate(
     mut spec: Spec,
@@ -167,7 +173,8 @@ pub(crate) fn translate(
     // Changed in place: what the crate builds anew is read-only unless told otherwise.
     root.set_path(base.join("rootfs"));
     translate_linux(&mut spec, container_id, pod)?;
-    let volumes = translate_mounts(&mut spec, &base.join("mounts"), pod)?;
+    let mut volumes = translate_mounts(&mut spec, &base.join("mounts"), pod)?;
+    translate_hooks(&mut spec, &base.join("mounts"), &mut volumes);
     Ok(Translation {
         devices: block_devices(&spec),
         guest: spec,
@@ -324,6 +331,25 @@ fn translate_mounts(
     Ok(volumes)
 }
 
+/// The program of a `createContainer` hook is one of the host; it runs in the guest, which is shown that file.
+fn translate_hooks(spec: &mut Spec, guest_base: &Path, volumes: &mut Vec<Volume>) {
+    let Some(mut hooks) = spec.hooks().clone() else {
+        return;
+    };
+    let mut moved = hooks.create_container().clone();
+    for hook in moved.iter_mut().flatten() {
+        let volume = Volume {
+            source: hook.path().clone(),
+            recursive: false,
+            read_only: true,
+        };
+        hook.set_path(guest_base.join(volumes.len().to_string()));
+        volumes.push(volume);
+    }
+    hooks.set_create_container(moved);
+    spec.set_hooks(Some(hooks));
+}
+
 fn volume(index: usize, mount: &Mount, options: &[String]) -> Result<Volume, SpecError> {
     let destination = mount.destination().clone();
     let source_path = mount.source().clone().unwrap_or_default();
@@ -419,6 +445,22 @@ mod tests {
                 },
             ]
         );
+    }
+
+    #[test]
+    fn the_program_of_a_hook_in_the_guest_is_shown_to_it() {
+        let json = r#"{"ociVersion":"1.2.0","root":{"path":"rootfs"},"hooks":{
+            "createContainer":[{"path":"/usr/bin/hook"}],"startContainer":[{"path":"/bin/own"}]}}"#;
+        let translation = translate(spec(json), "c1", POD).unwrap();
+        assert_eq!(translation.volumes[0].source, Path::new("/usr/bin/hook"));
+        assert!(translation.volumes[0].read_only);
+        let hooks = translation.guest.hooks().clone().unwrap();
+        let path = |hooks: &Option<Vec<oci_spec::runtime::Hook>>| {
+            hooks.as_ref().unwrap()[0].path().clone()
+        };
+        let guest = path(hooks.create_container());
+        assert_eq!(guest, Path::new("/run/walnut/share/c1/mounts/0"));
+        assert_eq!(path(hooks.start_container()), Path::new("/bin/own"));
     }
 
     #[test]

@@ -92,12 +92,12 @@ pub(crate) struct Share {
 pub(crate) struct Needs {
     /// The container.
     pub(crate) container_id: String,
-    /// The mounts that make up its root file system, in order; none means `<bundle>/rootfs`.
+    /// The mounts that make up its root file system, in order; none means `root`.
     pub(crate) rootfs: Vec<Mount>,
     /// Whether its configuration makes its root read-only.
     pub(crate) read_only_root: bool,
-    /// Its bundle.
-    pub(crate) bundle: PathBuf,
+    /// Where the configuration says that its root file system is, on the host.
+    pub(crate) root: PathBuf,
     /// Its volumes.
     pub(crate) volumes: Vec<Volume>,
     /// Block devices that it uses as they are.
@@ -175,7 +175,7 @@ impl Share {
         let rootfs = self.root.join(place);
         if root == Root::OnHost {
             if needs.rootfs.is_empty() {
-                bind(&needs.bundle.join("rootfs"), &rootfs, Bind::Recursive)?;
+                bind(&needs.root, &rootfs, Bind::Recursive)?;
             }
             for mount in &needs.rootfs {
                 mount_rootfs(mount, &rootfs)?;
@@ -412,7 +412,7 @@ mod tests {
             container_id: "c1".into(),
             rootfs: Vec::new(),
             read_only_root: false,
-            bundle: bundle.to_owned(),
+            root: bundle.join("rootfs"),
             volumes,
             devices: Vec::new(),
         }

@@ -294,7 +294,7 @@ fn unsupported(guest: &mut Guest) -> Result<()> {
         (
             "/hooks",
             json!({ "prestart": [{ "path": "/bin/true" }] }),
-            "hooks",
+            "hooks.prestart",
         ),
         (
             "/process/apparmorProfile",
@@ -313,8 +313,8 @@ fn unsupported(guest: &mut Guest) -> Result<()> {
         ),
         (
             "/linux/namespaces",
-            json!([{ "type": "mount" }, { "type": "user" }]),
-            "user",
+            json!([{ "type": "mount" }, { "type": "network" }]),
+            "linux.namespaces[network]",
         ),
     ];
     for (pointer, value, named) in cases {

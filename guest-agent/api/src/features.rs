@@ -2,8 +2,15 @@
 //!
 //! The shim tells containerd, before there is a guest to ask; the agent's tests hold it to this.
 
-/// `hooks`.
-pub const HOOKS: &[&str] = &[];
+/// `hooks`: those of the host are the shim's, the others the agent's.
+pub const HOOKS: &[&str] = &[
+    "prestart",
+    "createRuntime",
+    "createContainer",
+    "startContainer",
+    "poststart",
+    "poststop",
+];
 
 /// `mountOptions`: none that a file system takes for itself.
 pub const MOUNT_OPTIONS: &[&str] = &[
@@ -54,7 +61,7 @@ pub const MOUNT_OPTIONS: &[&str] = &[
 ];
 
 /// `linux.namespaces` that the agent makes or joins. The network's is the guest itself.
-pub const NAMESPACES: &[&str] = &["cgroup", "ipc", "mount", "pid", "uts"];
+pub const NAMESPACES: &[&str] = &["cgroup", "ipc", "mount", "pid", "time", "user", "uts"];
 
 /// `linux.seccomp.enabled`.
 pub const SECCOMP: bool = false;

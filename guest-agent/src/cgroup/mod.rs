@@ -61,6 +61,14 @@ pub(crate) enum CgroupError {
     /// The device rules could not be enforced.
     #[error("cannot enforce linux.resources.devices")]
     Devices(#[source] io::Error),
+    /// `linux.resources.memory.checkBeforeUpdate` does not allow it.
+    #[error("memory.limit {limit} is below the {used} bytes that the container uses")]
+    InUse {
+        /// What was asked for.
+        limit: i64,
+        /// What is used.
+        used: i64,
+    },
     /// Processes are left after the deadline.
     #[error("processes are left in cgroup {} after {} s", .0.display(), EMPTY_DEADLINE.as_secs())]
     NotEmpty(PathBuf),
@@ -119,6 +127,18 @@ impl Cgroup {
         settings
             .iter()
             .try_for_each(|setting| write(&self.path, &setting.file, &setting.value))
+    }
+
+    /// Whether a limit of memory, in bytes, leaves the container what it uses now.
+    pub(crate) fn check_memory(&self, limit: i64) -> Result<(), CgroupError> {
+        let file = "memory.current";
+        let used = fs::read_to_string(self.path.join(file))
+            .and_then(|text| text.trim().parse().map_err(io::Error::other))
+            .map_err(|source| CgroupError::Read { file, source })?;
+        if limit > 0 && limit < used {
+            return Err(CgroupError::InUse { limit, used });
+        }
+        Ok(())
     }
 
     /// Lets the container use the devices that `program` allows, and no others.
@@ -278,4 +298,23 @@ fn remove_tree(path: &Path) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_limit_below_what_is_used_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        fs::write(directory.path().join("memory.current"), "4096\n").unwrap();
+        let cgroup = Cgroup {
+            path: directory.path().to_owned(),
+        };
+        let error = cgroup.check_memory(4095).unwrap_err().to_string();
+        assert!(error.contains("below the 4096 bytes"), "{error}");
+        for limit in [4096, -1, 0] {
+            cgroup.check_memory(limit).unwrap();
+        }
+    }
 }

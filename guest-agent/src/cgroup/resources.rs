@@ -48,8 +48,11 @@ pub(crate) fn settings(resources: &Resources) -> Result<Vec<Setting>, ResourceEr
                 problem: "is not a page size",
             });
         }
-        let file = format!("hugetlb.{}.max", huge.page_size);
-        set(&mut settings, &file, huge.limit.to_string());
+        // What is reserved counts as well: a mapping that could not be filled would end its process.
+        for file in ["rsvd.max", "max"] {
+            let file = format!("hugetlb.{}.{file}", huge.page_size);
+            set(&mut settings, &file, huge.limit.to_string());
+        }
     }
     for (file, value) in &resources.unified {
         let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._".contains(&byte);
@@ -260,7 +263,7 @@ mod tests {
             (r#"{"pids":{"limit":0}}"#, vec![]),
             (
                 r#"{"hugepageLimits":[{"pageSize":"2MB","limit":0}]}"#,
-                vec!["hugetlb.2MB.max=0"],
+                vec!["hugetlb.2MB.rsvd.max=0", "hugetlb.2MB.max=0"],
             ),
             (
                 r#"{"blockIO":{"weight":1000,"throttleReadIOPSDevice":[{"major":8,"minor":0,"rate":5}]}}"#,
@@ -297,7 +300,7 @@ mod tests {
         #[test]
         fn no_number_overflows(memory: i64, swap: i64, quota: i64, period: u64) {
             let resources = Resources {
-                memory: Memory { limit: memory, swap, reservation: memory },
+                memory: Memory { limit: memory, swap, reservation: memory, check_before_update: false },
                 cpu: Cpu { quota, period, shares: period, ..Cpu::default() },
                 ..Resources::default()
             };

@@ -10,7 +10,7 @@ use super::{
 use rustix::{
     fs::{Gid, Mode, Uid, fchown, fstat, makedev},
     io::Errno,
-    process::{Resource, Rlimit as Limit, getrlimit, setrlimit},
+    process::{Resource, Rlimit as Limit, getrlimit, prlimit, setrlimit},
     stdio,
     thread::{
         CapabilitySet, CapabilitySets, clear_ambient_capability_set,
@@ -18,7 +18,7 @@ use rustix::{
         set_keep_capabilities, set_thread_groups, set_thread_res_gid, set_thread_res_uid,
     },
 };
-use std::io::Write;
+use std::{io::Write, os::fd::BorrowedFd};
 
 /// Soft limit of open files, as the kernel gives it to its first process.
 const USUAL_FILES: u64 = 1024;
@@ -27,7 +27,10 @@ const USUAL_FILES: u64 = 1024;
 pub(super) fn assume(process: &Process) -> Result<(), SetupError> {
     let sets = Sets::from(&process.capabilities);
     drop_bounding(sets.bounding)?;
-    give_stdio(process)?;
+    let uid = process.user.uid;
+    for stream in [stdio::stdin(), stdio::stdout(), stdio::stderr()] {
+        give_stream(stream, uid)?;
+    }
     set_user(process)?;
     set_capabilities(
         None,
@@ -55,27 +58,49 @@ pub(super) fn set_usual_limits() -> Result<(), SetupError> {
     setrlimit(Resource::Nofile, usual).map_err(SetupError::step("cannot set the usual limits"))
 }
 
+/// Lets a process set its `process.rlimits`: raising one needs a privilege that a container with users of
+/// its own does not have.
+pub(super) fn raise_limits(pid: i32, limits: &[Rlimit]) -> Result<(), SetupError> {
+    for limit in limits {
+        let attempted = || SetupError::named(format!("cannot set {}", limit.kind));
+        let (resource, wanted) = understand(limit)?;
+        let now = getrlimit(resource);
+        // No limit is above every number.
+        let is_raise = now
+            .maximum
+            .is_some_and(|now| wanted.maximum.is_none_or(|most| most > now));
+        if is_raise {
+            let raised = Limit {
+                current: now.current,
+                maximum: wanted.maximum,
+            };
+            prlimit(rustix::process::Pid::from_raw(pid), resource, raised).map_err(attempted())?;
+        }
+    }
+    Ok(())
+}
+
 /// Sets `process.rlimits`; earlier than [`assume`], as raising one needs privilege.
 pub(super) fn set_limits(limits: &[Rlimit]) -> Result<(), SetupError> {
     for limit in limits {
-        let Some(resource) = resource(&limit.kind) else {
-            return Err(SetupError::Request(format!(
-                "process.rlimits: {:?} is not a limit",
-                limit.kind
-            )));
-        };
-        // The largest number is the kernel's own word for "none".
-        let value = |number: u64| (number != u64::MAX).then_some(number);
-        setrlimit(
-            resource,
-            Limit {
-                current: value(limit.soft),
-                maximum: value(limit.hard),
-            },
-        )
-        .map_err(SetupError::named(format!("cannot set {}", limit.kind)))?;
+        let (resource, wanted) = understand(limit)?;
+        setrlimit(resource, wanted)
+            .map_err(SetupError::named(format!("cannot set {}", limit.kind)))?;
     }
     Ok(())
+}
+
+fn understand(limit: &Rlimit) -> Result<(Resource, Limit), SetupError> {
+    let resource = resource(&limit.kind).ok_or_else(|| {
+        SetupError::Request(format!("process.rlimits: {:?} is not a limit", limit.kind))
+    })?;
+    // The largest number is the kernel's own word for "none".
+    let value = |number: u64| (number != u64::MAX).then_some(number);
+    let wanted = Limit {
+        current: value(limit.soft),
+        maximum: value(limit.hard),
+    };
+    Ok((resource, wanted))
 }
 
 struct Sets {
@@ -135,15 +160,12 @@ fn set_ambient(set: CapabilitySet) -> Result<(), SetupError> {
 }
 
 /// A process that is not root must be able to open its own pipes again, as `/dev/stdout`.
-fn give_stdio(process: &Process) -> Result<(), SetupError> {
-    let null = makedev(1, 3);
-    for stream in [stdio::stdin(), stdio::stdout(), stdio::stderr()] {
-        let stat = fstat(stream).map_err(SetupError::step("cannot look at a standard stream"))?;
-        if stat.st_rdev != null && stat.st_uid != process.user.uid {
-            fchown(stream, Some(Uid::from_raw(process.user.uid)), None).map_err(
-                SetupError::step("cannot give a standard stream to the user"),
-            )?;
-        }
+pub(super) fn give_stream(stream: BorrowedFd<'_>, uid: u32) -> Result<(), SetupError> {
+    let stat = fstat(stream).map_err(SetupError::step("cannot look at a standard stream"))?;
+    if stat.st_rdev != makedev(1, 3) && stat.st_uid != uid {
+        fchown(stream, Some(Uid::from_raw(uid)), None).map_err(SetupError::step(
+            "cannot give a standard stream to the user",
+        ))?;
     }
     Ok(())
 }

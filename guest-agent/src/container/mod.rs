@@ -5,7 +5,9 @@
 //! `walnut-init`, which has one thread and may therefore fork: `init` is its order of steps, the other
 //! modules are one step each. Must not know Task messages, nor cgroup files.
 
+mod copy_up;
 mod devices;
+mod hooks;
 mod identity;
 mod init;
 pub(crate) mod launch;
@@ -15,8 +17,11 @@ mod program;
 pub(crate) mod refuse;
 mod resolve;
 mod rootfs;
+mod schedule;
+mod sources;
 pub(crate) mod spec;
 mod terminal;
+mod user_namespace;
 mod validate;
 pub(crate) mod wire;
 

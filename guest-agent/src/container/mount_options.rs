@@ -43,6 +43,10 @@ pub(crate) struct MountOptions {
     pub(crate) propagation: Vec<(u64, bool)>,
     /// The file system's own options.
     pub(crate) data: Vec<(String, Option<String>)>,
+    /// Whether the mount, or with all below it, shows other owners, as the entry's mappings say.
+    pub(super) idmap: Bind,
+    /// Whether a tmpfs begins with what was in its place.
+    pub(super) copy_up: bool,
 }
 
 /// An option that is known and not applied.
@@ -57,6 +61,8 @@ pub(crate) fn parse(kind: &str, options: &[String]) -> Result<MountOptions, Unsu
         tree_attributes: Attributes::default(),
         propagation: Vec::new(),
         data: Vec::new(),
+        idmap: Bind::No,
+        copy_up: false,
     };
     for option in options {
         let name = option.as_str();
@@ -72,8 +78,13 @@ pub(crate) fn parse(kind: &str, options: &[String]) -> Result<MountOptions, Unsu
                 "bind" => parsed.bind = Bind::One,
                 "rbind" => parsed.bind = Bind::Tree,
                 // Of the mount table's text, or of kernels long gone: no effect to enforce.
-                "async" | "nomand" | "silent" | "loud" | "norelatime" | "nostrictatime" => {}
-                "tmpcopyup" | "idmap" | "ridmap" | "remount" | "mand" => {
+                "async" | "nomand" | "silent" | "loud" | "norelatime" | "nostrictatime"
+                | "rnorelatime" | "rnostrictatime" | "noiversion" | "nolazytime" => {}
+                "tmpcopyup" if kind == "tmpfs" => parsed.copy_up = true,
+                "idmap" => parsed.idmap = Bind::One,
+                "ridmap" => parsed.idmap = Bind::Tree,
+                // Mandatory locks left Linux with 5.15; a container's mounts are all new.
+                "remount" | "mand" | "tmpcopyup" => {
                     return Err(UnsupportedOption(option.clone()));
                 }
                 _ if parsed.bind != Bind::No => return Err(UnsupportedOption(option.clone())),
@@ -83,6 +94,9 @@ pub(crate) fn parse(kind: &str, options: &[String]) -> Result<MountOptions, Unsu
                 }),
             }
         }
+    }
+    if parsed.bind == Bind::No && parsed.idmap != Bind::No {
+        return Err(UnsupportedOption("idmap".to_owned()));
     }
     if parsed.bind != Bind::No && !parsed.data.is_empty() {
         let (key, _) = parsed.data.swap_remove(0);
@@ -183,6 +197,20 @@ mod tests {
     }
 
     #[test]
+    fn no_option_of_the_specification_is_unknown() {
+        let attributes = "ro rw nosuid suid nodev dev noexec exec nodiratime diratime nosymfollow \
+                          symfollow noatime atime strictatime relatime norelatime nostrictatime";
+        for name in attributes.split_ascii_whitespace() {
+            for option in [name.to_owned(), format!("r{name}")] {
+                let parsed = options("bind", &option);
+                assert!(parsed.is_ok(), "{option}");
+            }
+        }
+        assert_eq!(options("bind", "rbind,ridmap").unwrap().idmap, Bind::Tree);
+        assert!(options("tmpfs", "tmpcopyup,size=1m").unwrap().copy_up);
+    }
+
+    #[test]
     fn the_file_system_gets_its_own_options() {
         let parsed = options("tmpfs", "nosuid,mode=1777,size=65536k,noswap").unwrap();
         let own = |key: &str, value: Option<&str>| (key.to_owned(), value.map(str::to_owned));
@@ -199,8 +227,9 @@ mod tests {
     #[test]
     fn what_would_not_be_applied_is_refused() {
         for (kind, text, named) in [
-            ("tmpfs", "tmpcopyup", "tmpcopyup"),
-            ("bind", "rbind,idmap", "idmap"),
+            ("bind", "rbind,tmpcopyup", "tmpcopyup"),
+            ("tmpfs", "ridmap", "idmap"),
+            ("bind", "rbind,sync", "sync"),
             ("bind", "rbind,size=5", "size=5"),
             ("none", "size=5,bind", "size"),
         ] {

@@ -1,12 +1,14 @@
 //! Mounts one entry of `mounts` into a root file system that is not entered yet.
 //!
-//! Each mount is made detached, gets its attributes and propagation, and is attached to a place that
-//! `resolve` has opened: nothing is visible half done, and no path is followed twice. Must not know order.
+//! Each mount is made detached, or comes so from `sources`, gets its attributes and propagation, and is
+//! attached to a place that `resolve` has opened: nothing is visible half done, and no path is followed
+//! twice. Must not know order.
 
 use super::{
-    SetupError,
-    mount_options::{Attributes, Bind, MountOptions, UnsupportedOption, parse},
+    SetupError, copy_up,
+    mount_options::{Attributes, MountOptions},
     resolve::{Make, Place, open_or_make},
+    sources::Source,
     spec::Mount,
 };
 use crate::syscall;
@@ -18,7 +20,7 @@ use rustix::{
     },
 };
 use std::{
-    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::Path,
 };
 
@@ -30,10 +32,6 @@ const READ_ONLY: u64 = MountAttrFlags::MOUNT_ATTR_RDONLY.bits() as u64;
 pub(super) struct MountContext<'a> {
     /// The root file system.
     pub(super) root: BorrowedFd<'a>,
-    /// The container's cgroup directory.
-    pub(super) cgroup: BorrowedFd<'a>,
-    /// Whether the container has a cgroup namespace, in which its own cgroup is the root.
-    pub(super) cgroup_namespace: bool,
 }
 
 /// A mount that becomes read-only once its contents are in place.
@@ -52,25 +50,40 @@ pub(super) fn mount_entry(
     context: &MountContext<'_>,
     index: usize,
     mount: &Mount,
+    source: Source,
 ) -> Result<Option<Deferred>, SetupError> {
-    let mut options = parse(&mount.kind, &mount.options).map_err(|UnsupportedOption(option)| {
-        SetupError::Request(format!(
-            "mounts[{index}].options: {option:?} is not supported yet"
-        ))
-    })?;
-    let attempted = format!(
-        "error mounting {:?} to rootfs at {:?}",
-        mount.source, mount.destination
-    );
-    let detached = detach(context, index, mount, &options, &attempted)?;
+    let attempted = attempted(mount);
+    let Source {
+        mut options,
+        detached,
+    } = source;
+    let cut_off = detached.is_some();
+    let detached = match detached {
+        Some(detached) => detached,
+        None => make(index, mount, &options, &attempted)?,
+    };
     let defer = mount.kind == "tmpfs" && options.attributes.set & READ_ONLY != 0;
     if defer {
         options.attributes.set &= !READ_ONLY;
     }
-    set_attributes(&detached, &options).map_err(SetupError::named(attempted.clone()))?;
+    set_attributes(&detached, &options, cut_off).map_err(SetupError::named(attempted.clone()))?;
     let place = target(context, mount, &detached)?;
+    if options.copy_up {
+        copy_up::copy(&place.fd, &detached).map_err(SetupError::named(format!(
+            "cannot copy what is in {} into its tmpfs",
+            mount.destination.display()
+        )))?;
+    }
     attach(&detached, &place.fd).map_err(SetupError::named(attempted))?;
     Ok(defer.then_some(Deferred(detached)))
+}
+
+/// What mounting an entry is called when it fails.
+pub(super) fn attempted(mount: &Mount) -> String {
+    format!(
+        "error mounting {:?} to rootfs at {:?}",
+        mount.source, mount.destination
+    )
 }
 
 /// Attaches a detached mount on a place.
@@ -84,12 +97,9 @@ pub(super) fn clone_of(place: &impl AsFd, tree: bool) -> rustix::io::Result<Owne
     open_tree(place, "", OpenTreeFlags::AT_EMPTY_PATH | clone_flags(tree))
 }
 
-/// A detached copy of a cgroup's directory. Its descriptor is of the agent's mount namespace, from which
-/// nothing can be copied; this namespace has the directory in the same place.
-fn clone_of_cgroup(cgroup: BorrowedFd<'_>) -> rustix::io::Result<OwnedFd> {
-    let link = format!("/proc/self/fd/{}", cgroup.as_raw_fd());
-    let path = rustix::fs::readlink(link, Vec::new())?;
-    open_tree(CWD, path, clone_flags(false))
+/// A detached copy of what is mounted at a path of the guest.
+pub(super) fn clone_of_path(path: &Path, tree: bool) -> rustix::io::Result<OwnedFd> {
+    open_tree(CWD, path, clone_flags(tree))
 }
 
 fn clone_flags(tree: bool) -> OpenTreeFlags {
@@ -125,45 +135,34 @@ pub(super) fn new_file_system(
     )
 }
 
-fn detach(
-    context: &MountContext<'_>,
+fn make(
     index: usize,
     mount: &Mount,
     options: &MountOptions,
     attempted: &str,
 ) -> Result<OwnedFd, SetupError> {
-    let detached = match options.bind {
-        Bind::One | Bind::Tree => {
-            open_tree(CWD, &mount.source, clone_flags(options.bind == Bind::Tree))
-        }
-        Bind::No if mount.kind == "cgroup" || mount.kind == "cgroup2" => {
-            if context.cgroup_namespace {
-                new_file_system("cgroup2", Path::new("cgroup"), &[])
-            } else {
-                clone_of_cgroup(context.cgroup)
-            }
-        }
-        Bind::No if FILE_SYSTEMS.contains(&mount.kind.as_str()) => {
+    let made = match mount.kind.as_str() {
+        "cgroup" | "cgroup2" => new_file_system("cgroup2", Path::new("cgroup"), &[]),
+        kind if FILE_SYSTEMS.contains(&kind) => {
             let data: Vec<_> = options
                 .data
                 .iter()
                 // devpts has known nothing else since Linux 4.7.
-                .filter(|(key, _)| !(mount.kind == "devpts" && key == "newinstance"))
+                .filter(|(key, _)| !(kind == "devpts" && key == "newinstance"))
                 .cloned()
                 .collect();
-            new_file_system(&mount.kind, &mount.source, &data)
+            new_file_system(kind, &mount.source, &data)
         }
-        Bind::No => {
+        kind => {
             return Err(SetupError::Request(format!(
-                "mounts[{index}].type {:?} is not supported yet",
-                mount.kind
+                "mounts[{index}].type {kind:?} is not supported"
             )));
         }
     };
-    detached.map_err(SetupError::named(attempted))
+    made.map_err(SetupError::named(attempted))
 }
 
-fn set_attributes(mount: &OwnedFd, options: &MountOptions) -> std::io::Result<()> {
+fn set_attributes(mount: &OwnedFd, options: &MountOptions, cut_off: bool) -> std::io::Result<()> {
     let mount = mount.as_fd();
     let set = |tree, Attributes { set, clear }| syscall::mount_setattr(mount, tree, set, clear, 0);
     if !options.tree_attributes.is_empty() {
@@ -172,8 +171,8 @@ fn set_attributes(mount: &OwnedFd, options: &MountOptions) -> std::io::Result<()
     if !options.attributes.is_empty() {
         set(false, options.attributes)?;
     }
-    // A bind mount is born with its source's propagation, which is the guest's business.
-    if options.bind != Bind::No && options.propagation.is_empty() {
+    // A copy is born with its source's propagation, which is the guest's business.
+    if cut_off {
         syscall::mount_setattr(mount, true, 0, 0, libc::MS_PRIVATE)?;
     }
     for (kind, tree) in &options.propagation {

@@ -8,45 +8,63 @@ use super::spec::{Process, Resources, Spec};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-/// Known properties that the guest does not apply.
-const UNSUPPORTED: &[&str] = &[
-    "hooks",
-    "linux.uidMappings",
-    "linux.gidMappings",
-    "linux.seccomp",
-    "linux.mountLabel",
-    "linux.intelRdt",
-    "linux.personality",
-    "linux.timeOffsets",
-    "linux.netDevices",
-    "linux.memoryPolicy",
+/// A known property that the guest does not apply, and why.
+type Unsupported = (&'static str, &'static str);
+
+const ON_THE_HOST: &str = "it runs on the host, so the shim runs it";
+const ONE_NODE: &str = "a guest's memory is one NUMA node";
+const NO_SELINUX: &str = "the guest's kernel has no SELinux";
+const CGROUP_V1: &str = "cgroup v2 has nothing like it";
+
+/// Of the whole configuration.
+const UNSUPPORTED: &[Unsupported] = &[
+    ("hooks.prestart", ON_THE_HOST),
+    ("hooks.createRuntime", ON_THE_HOST),
+    ("hooks.poststart", ON_THE_HOST),
+    ("hooks.poststop", ON_THE_HOST),
+    (
+        "vm",
+        "the runtime's own configuration chooses kernel and hypervisor",
+    ),
+    ("linux.seccomp", "it will be"),
+    ("linux.mountLabel", NO_SELINUX),
+    (
+        "linux.intelRdt",
+        "a guest's processors have no resctrl file system",
+    ),
+    (
+        "linux.personality.flags",
+        "the specification defines none yet",
+    ),
+    (
+        "linux.netDevices",
+        "the Pod's network devices are the guest's",
+    ),
+    ("linux.memoryPolicy", ONE_NODE),
 ];
 
 /// The same of `process`, and of the process of an exec.
-const UNSUPPORTED_OF_PROCESS: &[&str] = &[
-    "apparmorProfile",
-    "selinuxLabel",
-    "ioPriority",
-    "scheduler",
-    "execCPUAffinity",
+const UNSUPPORTED_OF_PROCESS: &[Unsupported] = &[
+    ("apparmorProfile", "it will be"),
+    ("selinuxLabel", NO_SELINUX),
 ];
 
-/// The same of `linux.resources`, and of an update: cgroup v2 has no such knob.
-const UNSUPPORTED_OF_RESOURCES: &[&str] = &[
-    "network",
-    "rdma",
-    "memory.kernel",
-    "memory.kernelTCP",
-    "memory.swappiness",
-    "memory.disableOOMKiller",
-    "memory.checkBeforeUpdate",
-    "cpu.realtimeRuntime",
-    "cpu.realtimePeriod",
-    "blockIO.leafWeight",
+/// The same of `linux.resources`, and of an update.
+const UNSUPPORTED_OF_RESOURCES: &[Unsupported] = &[
+    ("network", CGROUP_V1),
+    ("rdma", "a guest has no RDMA device"),
+    ("memory.kernel", CGROUP_V1),
+    ("memory.kernelTCP", CGROUP_V1),
+    ("memory.swappiness", CGROUP_V1),
+    ("memory.disableOOMKiller", CGROUP_V1),
+    ("cpu.realtimeRuntime", CGROUP_V1),
+    ("cpu.realtimePeriod", CGROUP_V1),
+    ("blockIO.leafWeight", CGROUP_V1),
 ];
 
 /// Namespaces that the guest does not make.
-const UNSUPPORTED_NAMESPACES: &[&str] = &["user", "time", "network"];
+const UNSUPPORTED_NAMESPACES: &[Unsupported] =
+    &[("network", "a Pod's network namespace is the guest's own")];
 
 /// Why a configuration is refused.
 #[derive(Debug, thiserror::Error)]
@@ -60,8 +78,13 @@ pub(crate) enum SpecError {
         source: serde_json::Error,
     },
     /// A property that would not be enforced.
-    #[error("{0} is not supported yet")]
-    Unsupported(String),
+    #[error("{field} is not supported: {reason}")]
+    Unsupported {
+        /// Its path in the document.
+        field: String,
+        /// Why it would not be.
+        reason: &'static str,
+    },
     /// A property whose value makes no sense.
     #[error("{field} {value:?} {problem}")]
     Invalid {
@@ -88,12 +111,9 @@ pub(crate) fn parse_spec(json: &[u8]) -> Result<Spec, SpecError> {
         refuse_all(resources, "linux.resources.", UNSUPPORTED_OF_RESOURCES)?;
     }
     refuse_namespaces(&value)?;
-    for (index, mount) in items(&value, "/mounts").enumerate() {
-        refuse_all(
-            mount,
-            &format!("mounts[{index}]."),
-            &["uidMappings", "gidMappings"],
-        )?;
+    for device in items(&value, "/linux/resources/blockIO/weightDevice") {
+        let prefix = "linux.resources.blockIO.weightDevice[].";
+        refuse_all(device, prefix, &[("leafWeight", CGROUP_V1)])?;
     }
     decode(value, what)
 }
@@ -136,21 +156,30 @@ fn refuse_namespaces(value: &Value) -> Result<(), SpecError> {
             .get("type")
             .and_then(Value::as_str)
             .unwrap_or_default();
-        if UNSUPPORTED_NAMESPACES.contains(&kind) {
-            return Err(SpecError::Unsupported(format!("linux.namespaces[{kind}]")));
+        if let Some((_, reason)) = UNSUPPORTED_NAMESPACES
+            .iter()
+            .find(|(name, _)| *name == kind)
+        {
+            return Err(SpecError::Unsupported {
+                field: format!("linux.namespaces[{kind}]"),
+                reason,
+            });
         }
     }
     Ok(())
 }
 
-fn refuse_all(value: &Value, prefix: &str, paths: &[&str]) -> Result<(), SpecError> {
-    for path in paths {
+fn refuse_all(value: &Value, prefix: &str, list: &[Unsupported]) -> Result<(), SpecError> {
+    for (path, reason) in list {
         let pointer = format!("/{}", path.replace('.', "/"));
         if value
             .pointer(&pointer)
             .is_some_and(|found| !is_empty(found))
         {
-            return Err(SpecError::Unsupported(format!("{prefix}{path}")));
+            return Err(SpecError::Unsupported {
+                field: format!("{prefix}{path}"),
+                reason,
+            });
         }
     }
     Ok(())
@@ -194,61 +223,51 @@ mod tests {
     #[test]
     fn what_is_not_enforced_is_refused_by_name() {
         let cases = [
-            (json!({"hooks": {"prestart": [{"path": "/x"}]}}), "hooks"),
             (
-                json!({"linux": {"seccomp": {"defaultAction": "SCMP_ACT_ERRNO"}}}),
-                "linux.seccomp",
+                json!({"hooks": {"prestart": [{"path": "/x"}]}}),
+                "hooks.prestart is not supported: it runs on the host, so the shim runs it",
             ),
             (
-                json!({"process": {"apparmorProfile": "p"}}),
-                "process.apparmorProfile",
-            ),
-            (
-                json!({"process": {"execCPUAffinity": {"initial": "0"}}}),
-                "process.execCPUAffinity",
-            ),
-            (
-                json!({"linux": {"namespaces": [{"type": "user"}]}}),
-                "linux.namespaces[user]",
-            ),
-            (
-                json!({"linux": {"namespaces": [{"type": "time"}]}}),
-                "linux.namespaces[time]",
+                json!({"process": {"selinuxLabel": "l"}}),
+                "process.selinuxLabel is not supported: the guest's kernel has no SELinux",
             ),
             (
                 json!({"linux": {"resources": {"memory": {"swappiness": 0}}}}),
-                "linux.resources.memory.swappiness",
+                "linux.resources.memory.swappiness is not supported: cgroup v2 has nothing like it",
             ),
             (
-                json!({"linux": {"personality": {"domain": "LINUX32"}}}),
-                "linux.personality",
+                json!({"linux": {"resources": {"blockIO": {"weightDevice": [{"leafWeight": 10}]}}}}),
+                "linux.resources.blockIO.weightDevice[].leafWeight is not supported: cgroup v2 has nothing like it",
             ),
             (
-                json!({"mounts": [{"destination": "/a"}, {"destination": "/b", "uidMappings": [{"hostID": 1}]}]}),
-                "mounts[1].uidMappings",
+                json!({"linux": {"namespaces": [{"type": "network"}]}}),
+                "linux.namespaces[network] is not supported: a Pod's network namespace is the guest's own",
             ),
         ];
-        for (spec, name) in cases {
-            assert_eq!(refusal(spec), format!("{name} is not supported yet"));
+        for (spec, message) in cases {
+            assert_eq!(refusal(spec), message);
         }
     }
 
     #[test]
     fn every_listed_property_is_refused() {
-        for path in UNSUPPORTED {
+        for (path, reason) in UNSUPPORTED {
             let nested = path
                 .rsplit('.')
                 .fold(json!("x"), |inner, key| json!({ key: inner }));
-            assert_eq!(refusal(nested), format!("{path} is not supported yet"));
+            assert_eq!(
+                refusal(nested),
+                format!("{path} is not supported: {reason}")
+            );
         }
-        for path in UNSUPPORTED_OF_RESOURCES {
+        for (path, reason) in UNSUPPORTED_OF_RESOURCES {
             let nested = path
                 .rsplit('.')
                 .fold(json!(1), |inner, key| json!({ key: inner }));
             let error = parse_resources(nested.to_string().as_bytes()).unwrap_err();
             assert_eq!(
                 error.to_string(),
-                format!("linux.resources.{path} is not supported yet")
+                format!("linux.resources.{path} is not supported: {reason}")
             );
         }
     }
@@ -270,7 +289,9 @@ mod tests {
             "poststop",
         ] {
             let spec = json!({"hooks": {hook: [{"path": "/x"}]}});
-            assert_eq!(HOOKS.contains(&hook), understood(spec), "{hook}");
+            let is_ours = ["createContainer", "startContainer"].contains(&hook);
+            assert_eq!(is_ours, understood(spec), "{hook}");
+            assert!(HOOKS.contains(&hook), "{hook}");
         }
         let seccomp = json!({"linux": {"seccomp": {"defaultAction": "SCMP_ACT_ALLOW"}}});
         assert_eq!(SECCOMP, understood(seccomp));

@@ -5,20 +5,19 @@
 //! of the guest can be reached by a path. Must not touch anything that is not the container's.
 
 use super::{
-    SetupError, devices,
+    SetupError, devices, hooks,
     mount_options::root_propagation,
     mounts::{Deferred, MountContext, attach, clone_of, mount_entry, new_file_system},
     resolve::{Make, open_in_root, open_or_make},
-    spec::{Mount, NamespaceKind, Spec},
+    sources::{Source, Sources},
+    spec::{Mount, Spec},
+    wire::Identity,
 };
 use crate::syscall;
 use rustix::{
     fs::{CWD, Mode, OFlags, open},
     io::Errno,
-    mount::{
-        MountAttrFlags, MountPropagationFlags, UnmountFlags, mount_bind_recursive, mount_change,
-        unmount,
-    },
+    mount::{MountAttrFlags, MountPropagationFlags, UnmountFlags, mount_change, unmount},
 };
 use std::{
     io::Write,
@@ -29,20 +28,25 @@ use std::{
 const READ_ONLY: u64 = MountAttrFlags::MOUNT_ATTR_RDONLY.bits() as u64;
 
 /// Makes everything that the configuration names and makes it the root of this process.
-pub(super) fn enter(spec: &Spec, cgroup: BorrowedFd<'_>) -> Result<(), SetupError> {
-    let root = bind_root(&spec.root.path)?;
-    let deferred = mount_all(spec, &root, cgroup)?;
+pub(super) fn enter(spec: &Spec, identity: &Identity, sources: Sources) -> Result<(), SetupError> {
+    let root = sources.root;
+    attach_root(&root)?;
+    let deferred = mount_all(spec, &root, sources.mounts)?;
     if !is_bind(
         spec.mounts
             .iter()
             .rfind(|mount| mount.destination == Path::new("/dev")),
     ) {
-        devices::make_devices(root.as_fd(), &spec.linux.devices)?;
+        devices::make_devices(root.as_fd(), &spec.linux.devices, sources.devices)?;
     }
     // As runc: a first process finds its directory made, a later one does not.
     open_or_make(&root, &spec.process.cwd, Make::Directory)?;
     write_sysctls(spec)?;
-    pivot(&root)?;
+    rustix::process::fchdir(&root)
+        .map_err(SetupError::step("cannot enter the root file system"))?;
+    let hooks = &spec.hooks.create_container;
+    hooks::run("createContainer", hooks, spec, identity, "creating")?;
+    pivot()?;
     drop(root);
     for mount in &deferred {
         mount.finish()?;
@@ -50,43 +54,33 @@ pub(super) fn enter(spec: &Spec, cgroup: BorrowedFd<'_>) -> Result<(), SetupErro
     protect(spec)
 }
 
-/// Makes the root file system a mount of its own, cut off from the guest's propagation.
-fn bind_root(path: &Path) -> Result<OwnedFd, SetupError> {
+/// Puts the root file system over the guest's, where every user may look for it, cut off from the guest's
+/// propagation.
+fn attach_root(root: &OwnedFd) -> Result<(), SetupError> {
     let private = MountPropagationFlags::REC | MountPropagationFlags::PRIVATE;
     mount_change("/", private)
         .map_err(SetupError::step("cannot make the guest's mounts private"))?;
-    let attempted = || {
-        format!(
-            "cannot use root.path {} as a root file system",
-            path.display()
-        )
-    };
-    mount_bind_recursive(path, path).map_err(SetupError::named(attempted()))?;
-    open(
-        path,
-        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
-        Mode::empty(),
-    )
-    .map_err(SetupError::named(attempted()))
+    syscall::mount_setattr(root.as_fd(), true, 0, 0, libc::MS_PRIVATE)
+        .map_err(SetupError::step("cannot make the root private"))?;
+    open_root()
+        .and_then(|guest| attach(root, &guest))
+        .map_err(SetupError::step("cannot place the root file system"))
+}
+
+fn open_root() -> rustix::io::Result<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    open("/", flags, Mode::empty())
 }
 
 fn mount_all(
     spec: &Spec,
     root: &OwnedFd,
-    cgroup: BorrowedFd<'_>,
+    sources: Vec<Source>,
 ) -> Result<Vec<Deferred>, SetupError> {
-    let context = MountContext {
-        root: root.as_fd(),
-        cgroup,
-        cgroup_namespace: spec
-            .linux
-            .namespaces
-            .iter()
-            .any(|namespace| namespace.kind == NamespaceKind::Cgroup),
-    };
+    let context = MountContext { root: root.as_fd() };
     let mut deferred = Vec::new();
-    for (index, mount) in spec.mounts.iter().enumerate() {
-        deferred.extend(mount_entry(&context, index, mount)?);
+    for (index, (mount, source)) in spec.mounts.iter().zip(sources).enumerate() {
+        deferred.extend(mount_entry(&context, index, mount, source)?);
     }
     Ok(deferred)
 }
@@ -103,35 +97,52 @@ fn is_bind(dev: Option<&Mount>) -> bool {
 }
 
 /// Writes `linux.sysctl` through a proc file system of this process's own namespaces, which no mount of
-/// the container can stand in for.
+/// the container can stand in for. Those of the network are written before: a container with users of its
+/// own may not.
 fn write_sysctls(spec: &Spec) -> Result<(), SetupError> {
-    if spec.linux.sysctl.is_empty() {
+    if spec.linux.sysctl.keys().all(|name| is_of_network(name)) {
         return Ok(());
     }
     let proc = new_file_system("proc", Path::new("proc"), &[]).map_err(SetupError::step(
         "cannot mount a proc file system for linux.sysctl",
     ))?;
     for (name, value) in &spec.linux.sysctl {
-        let path = format!("sys/{}", name.replace('.', "/"));
-        let file = rustix::fs::openat(
-            &proc,
-            &path,
-            OFlags::WRONLY | OFlags::CLOEXEC,
-            Mode::empty(),
-        )
-        .map_err(std::io::Error::from);
-        file.and_then(|file| std::fs::File::from(file).write_all(value.as_bytes()))
-            .map_err(SetupError::named(format!(
-                "cannot set linux.sysctl {name} to {value:?}"
-            )))?;
+        if !is_of_network(name) {
+            write_sysctl(proc.as_fd(), name, value)?;
+        }
     }
     Ok(())
 }
 
-/// Swaps the root under this process and lets the old one go.
-fn pivot(root: &OwnedFd) -> Result<(), SetupError> {
+/// Writes those of `linux.sysctl` that are of the network, which is the guest's, by the guest's `/proc`.
+pub(super) fn write_network_sysctls(spec: &Spec) -> Result<(), SetupError> {
+    let sysctls = spec.linux.sysctl.iter();
+    for (name, value) in sysctls.filter(|(name, _)| is_of_network(name)) {
+        let proc = open("/proc", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+            .map_err(SetupError::step("cannot open the guest's /proc"))?;
+        write_sysctl(proc.as_fd(), name, value)?;
+    }
+    Ok(())
+}
+
+fn is_of_network(name: &str) -> bool {
+    name.starts_with("net.") || name.starts_with("net/")
+}
+
+fn write_sysctl(proc: BorrowedFd<'_>, name: &str, value: &str) -> Result<(), SetupError> {
+    let path = format!("sys/{}", name.replace('.', "/"));
+    let flags = OFlags::WRONLY | OFlags::CLOEXEC;
+    rustix::fs::openat(proc, &path, flags, Mode::empty())
+        .map_err(std::io::Error::from)
+        .and_then(|file| std::fs::File::from(file).write_all(value.as_bytes()))
+        .map_err(SetupError::named(format!(
+            "cannot set linux.sysctl {name} to {value:?}"
+        )))
+}
+
+/// Swaps the root under this process, whose directory is the new one, and lets the old one go.
+fn pivot() -> Result<(), SetupError> {
     let attempted = || SetupError::step("cannot enter the root file system");
-    rustix::process::fchdir(root).map_err(attempted())?;
     // pivot_root(2): with the same path twice, the old root is stacked over the new one.
     rustix::process::pivot_root(".", ".").map_err(attempted())?;
     unmount(".", UnmountFlags::DETACH).map_err(attempted())?;
@@ -140,12 +151,7 @@ fn pivot(root: &OwnedFd) -> Result<(), SetupError> {
 
 /// The last touches, from inside: propagation and read-only root, masked and read-only paths.
 fn protect(spec: &Spec) -> Result<(), SetupError> {
-    let root = open(
-        "/",
-        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
-        Mode::empty(),
-    )
-    .map_err(SetupError::step("cannot open the new root"))?;
+    let root = open_root().map_err(SetupError::step("cannot open the new root"))?;
     let (propagation, tree) =
         root_propagation(&spec.linux.rootfs_propagation).ok_or_else(|| {
             SetupError::Request(format!(

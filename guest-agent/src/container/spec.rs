@@ -10,6 +10,9 @@ use std::{collections::BTreeMap, path::PathBuf};
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub(crate) struct Spec {
+    pub(crate) oci_version: String,
+    pub(crate) annotations: BTreeMap<String, String>,
+    pub(crate) hooks: Hooks,
     pub(crate) process: Process,
     pub(crate) root: Root,
     pub(crate) hostname: String,
@@ -35,6 +38,69 @@ pub(crate) struct Mount {
     pub(crate) kind: String,
     pub(crate) source: PathBuf,
     pub(crate) options: Vec<String>,
+    pub(crate) uid_mappings: Vec<IdMapping>,
+    pub(crate) gid_mappings: Vec<IdMapping>,
+}
+
+/// A range of user or group ids: of a container, and what they are outside of it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct IdMapping {
+    #[serde(rename = "containerID")]
+    pub(crate) container_id: u32,
+    #[serde(rename = "hostID")]
+    pub(crate) host_id: u32,
+    pub(crate) size: u32,
+}
+
+/// Those of `hooks` that run in a container's namespaces; the others are the shim's.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(crate) struct Hooks {
+    pub(crate) create_container: Vec<Hook>,
+    pub(crate) start_container: Vec<Hook>,
+}
+
+/// A program to run at some point of a container's life.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct Hook {
+    pub(crate) path: PathBuf,
+    pub(crate) args: Vec<String>,
+    pub(crate) env: Vec<String>,
+    /// In seconds.
+    pub(crate) timeout: Option<u32>,
+}
+
+/// What a process that is added to a container has from it, and not from its own `process`.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Inherited {
+    pub(crate) user_namespace: bool,
+    pub(crate) uid_mappings: Vec<IdMapping>,
+    pub(crate) personality: Option<Personality>,
+}
+
+impl From<&Spec> for Inherited {
+    fn from(spec: &Spec) -> Self {
+        Self {
+            user_namespace: spec.has(NamespaceKind::User),
+            uid_mappings: spec.linux.uid_mappings.clone(),
+            personality: spec.linux.personality.clone(),
+        }
+    }
+}
+
+impl Spec {
+    /// The namespace of a kind, if the container has one.
+    pub(crate) fn namespace(&self, kind: NamespaceKind) -> Option<&Namespace> {
+        let namespaces = &self.linux.namespaces;
+        namespaces.iter().find(|namespace| namespace.kind == kind)
+    }
+
+    /// Whether the container has a namespace of a kind.
+    pub(crate) fn has(&self, kind: NamespaceKind) -> bool {
+        self.namespace(kind).is_some()
+    }
 }
 
 /// `process`.
@@ -51,6 +117,40 @@ pub(crate) struct Process {
     pub(crate) rlimits: Vec<Rlimit>,
     pub(crate) no_new_privileges: bool,
     pub(crate) oom_score_adj: Option<i32>,
+    pub(crate) scheduler: Option<Scheduler>,
+    pub(crate) io_priority: Option<IoPriority>,
+    #[serde(rename = "execCPUAffinity")]
+    pub(crate) exec_cpu_affinity: CpuAffinity,
+}
+
+/// `process.scheduler`, see sched_setattr(2); times are in nanoseconds.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct Scheduler {
+    pub(crate) policy: String,
+    pub(crate) nice: i32,
+    pub(crate) priority: i32,
+    pub(crate) flags: Vec<String>,
+    pub(crate) runtime: u64,
+    pub(crate) deadline: u64,
+    pub(crate) period: u64,
+}
+
+/// `process.ioPriority`, see ioprio_set(2).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct IoPriority {
+    pub(crate) class: String,
+    #[serde(default)]
+    pub(crate) priority: i32,
+}
+
+/// `process.execCPUAffinity`: lists of CPUs, before and after an exec enters the container's cgroup.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct CpuAffinity {
+    pub(crate) initial: String,
+    #[serde(rename = "final")]
+    pub(crate) last: String,
 }
 
 /// `process.consoleSize`, in characters.
@@ -95,6 +195,10 @@ pub(crate) struct Rlimit {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub(crate) struct Linux {
+    pub(crate) uid_mappings: Vec<IdMapping>,
+    pub(crate) gid_mappings: Vec<IdMapping>,
+    pub(crate) personality: Option<Personality>,
+    pub(crate) time_offsets: BTreeMap<String, TimeOffset>,
     pub(crate) sysctl: BTreeMap<String, String>,
     pub(crate) resources: Resources,
     pub(crate) namespaces: Vec<Namespace>,
@@ -102,6 +206,30 @@ pub(crate) struct Linux {
     pub(crate) rootfs_propagation: String,
     pub(crate) masked_paths: Vec<PathBuf>,
     pub(crate) readonly_paths: Vec<PathBuf>,
+}
+
+/// `linux.personality`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Personality {
+    pub(crate) domain: Domain,
+}
+
+/// `linux.personality.domain`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "UPPERCASE")]
+pub(crate) enum Domain {
+    /// The machine's own.
+    Linux,
+    /// What uname(2) says is a 32-bit machine.
+    Linux32,
+}
+
+/// One of `linux.timeOffsets`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct TimeOffset {
+    pub(crate) secs: i64,
+    pub(crate) nanosecs: u32,
 }
 
 /// Namespaces that the guest makes or joins; the others are refused by name.
@@ -113,6 +241,8 @@ pub(crate) enum NamespaceKind {
     Uts,
     Mount,
     Cgroup,
+    User,
+    Time,
 }
 
 /// One of `linux.namespaces`: a new one, or that of `path`.
@@ -212,6 +342,7 @@ pub(crate) struct Memory {
     pub(crate) limit: i64,
     pub(crate) reservation: i64,
     pub(crate) swap: i64,
+    pub(crate) check_before_update: bool,
 }
 
 /// `linux.resources.cpu`.

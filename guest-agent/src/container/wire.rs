@@ -5,7 +5,7 @@
 //! [`Report`]s, one packet each. Then the process waits for one more packet, [`GO`], and becomes the
 //! container's program; the end of the socket is the sign that it did. Must not hold container logic.
 
-use super::spec::{Process, Spec};
+use super::spec::{Inherited, Process, Spec};
 use rustix::{
     io::Errno,
     net::{
@@ -33,17 +33,25 @@ const MAX_PACKET_FDS: usize = 8;
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Job {
     /// The first process of a container.
-    Create(Box<Spec>),
+    Create(Box<Spec>, Identity),
     /// A further process of the container whose first process a pidfd names.
-    Exec(Box<Process>),
+    Exec(Box<Process>, Inherited),
+}
+
+/// What containerd calls a container; its hooks are told.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub(crate) struct Identity {
+    pub(crate) id: String,
+    /// On the host.
+    pub(crate) bundle: String,
 }
 
 impl Job {
     /// The process, of either kind.
     pub(crate) fn process(&self) -> &Process {
         match self {
-            Self::Create(spec) => &spec.process,
-            Self::Exec(process) => process,
+            Self::Create(spec, _) => &spec.process,
+            Self::Exec(process, _) => process,
         }
     }
 }
@@ -71,8 +79,8 @@ impl JobFds {
         let mut fds = fds.into_iter();
         let cgroup = fds.next()?;
         let container = match job {
-            Job::Create(_) => None,
-            Job::Exec(_) => Some(fds.next()?),
+            Job::Create(..) => None,
+            Job::Exec(..) => Some(fds.next()?),
         };
         let stdio = if job.process().terminal {
             None
@@ -238,7 +246,7 @@ mod tests {
         let (agent, init) = pair();
         let mut spec = Spec::default();
         spec.process.env = vec!["A=".to_owned() + &"x".repeat(1_000_000)];
-        let job = Job::Create(Box::new(spec));
+        let job = Job::Create(Box::new(spec), Identity::default());
         let fds = JobFds {
             cgroup: null(),
             container: None,

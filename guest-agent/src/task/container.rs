@@ -3,7 +3,11 @@
 //! Must not start a process: `process` does.
 
 use super::{Process, Status, TaskError};
-use crate::{cgroup::Cgroup, syscall};
+use crate::{
+    cgroup::Cgroup,
+    container::{spec::Inherited, wire::Identity},
+    syscall,
+};
 use std::{
     collections::HashMap,
     fmt,
@@ -25,6 +29,8 @@ pub(crate) struct Container {
     pub(crate) bundle: String,
     /// What its processes are held in.
     pub(crate) cgroup: Cgroup,
+    /// What its later processes have from it.
+    pub(super) inherited: Inherited,
     /// By the ids of execs; the first process has the empty one.
     processes: Mutex<HashMap<String, Arc<Process>>>,
     freezer: Mutex<Freezer>,
@@ -37,11 +43,17 @@ impl fmt::Debug for Container {
 }
 
 impl Container {
-    pub(super) fn new(id: String, bundle: String, cgroup: Cgroup, first: Process) -> Self {
+    pub(super) fn new(
+        Identity { id, bundle }: Identity,
+        cgroup: Cgroup,
+        inherited: Inherited,
+        first: Process,
+    ) -> Self {
         Self {
             id,
             bundle,
             cgroup,
+            inherited,
             processes: Mutex::new(HashMap::from([(String::new(), Arc::new(first))])),
             freezer: Mutex::new(Freezer::Thawed),
         }

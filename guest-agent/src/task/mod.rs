@@ -19,8 +19,9 @@ use crate::{
     container::{
         launch::LaunchError,
         refuse::{SpecError, parse_process, parse_resources, parse_spec},
+        spec::Inherited,
         validate, validate_process,
-        wire::Job,
+        wire::{Identity, Job},
     },
     reaper::{Exit, Reaper},
     stdio::{StdioError, Streams},
@@ -228,21 +229,21 @@ impl Tasks {
         }
         let cgroup = self.machinery.hierarchy.create(&request.id)?;
         let process = Process::new(request.terminal, request.names, claimed);
-        let container = Arc::new(Container::new(
-            request.id.clone(),
-            request.bundle,
-            cgroup,
-            process,
-        ));
+        let identity = Identity {
+            id: request.id.clone(),
+            bundle: request.bundle,
+        };
+        let inherited = Inherited::from(&spec);
+        let container = Container::new(identity.clone(), cgroup, inherited, process);
+        let container = Arc::new(container);
         self.lock()
             .insert(request.id.clone(), Arc::clone(&container));
         let made = async {
             container.cgroup.apply(&settings)?;
             container.cgroup.restrict_devices(&device_program)?;
             let init = container.process("")?;
-            let pid = init
-                .launch(&self.machinery, &container, Job::Create(Box::new(spec)))
-                .await?;
+            let job = Job::Create(Box::new(spec), identity);
+            let pid = init.launch(&self.machinery, &container, job).await?;
             container.when_first_process_ends(&init);
             Ok(pid)
         };
@@ -333,6 +334,9 @@ impl Tasks {
             return Err(TaskError::Unsupported(
                 "an update of linux.resources.devices",
             ));
+        }
+        if resources.memory.check_before_update {
+            container.cgroup.check_memory(resources.memory.limit)?;
         }
         container.cgroup.apply(&resources::settings(&resources)?)?;
         Ok(())

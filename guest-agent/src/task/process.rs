@@ -232,8 +232,8 @@ impl Process {
         let fds = JobFds {
             cgroup: container.cgroup.open()?,
             container: match job {
-                Job::Create(_) => None,
-                Job::Exec(_) => Some(container.process("")?.open()?),
+                Job::Create(..) => None,
+                Job::Exec(..) => Some(container.process("")?.open()?),
             },
             stdio,
         };
@@ -295,8 +295,8 @@ impl Process {
             _ => None,
         };
         let process = process.ok_or_else(|| self.wrong_state("start"))?;
-        self.launch(machinery, container, Job::Exec(process))
-            .await?;
+        let job = Job::Exec(process, container.inherited.clone());
+        self.launch(machinery, container, job).await?;
         self.open_gate().await
     }
 

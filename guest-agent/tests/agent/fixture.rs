@@ -204,7 +204,7 @@ impl Agent {
     /// A fresh root file system: this machine's `/usr`, read-only, and little else.
     pub(crate) fn root(&self, id: &str) -> PathBuf {
         let root = self.served.directory.join(id);
-        for directory in ["usr", "etc", "tmp", "root"] {
+        for directory in ["dev", "etc", "proc", "root", "run", "sys", "tmp", "usr"] {
             fs::create_dir_all(root.join(directory)).unwrap();
         }
         for link in ["bin", "sbin", "lib", "lib64"] {
@@ -387,7 +387,7 @@ impl Agent {
         outcome
     }
 
-    async fn finish(&self, id: &str, exec_id: &str, streams: Streams) -> Outcome {
+    pub(crate) async fn finish(&self, id: &str, exec_id: &str, streams: Streams) -> Outcome {
         let Streams {
             stdin,
             mut stdout,

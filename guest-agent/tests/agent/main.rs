@@ -6,4 +6,5 @@ mod fixture;
 mod lifecycle;
 mod pod;
 mod setup;
+mod specification;
 mod stdio;

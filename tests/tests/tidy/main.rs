@@ -4,6 +4,7 @@
 //! reason, in `exceptions.rs`. Every rule is itself tested by a file that breaks it.
 
 mod exceptions;
+mod oci_table;
 mod rules;
 mod source;
 mod structure;
