@@ -3,9 +3,9 @@
 //! containerd maps the codes to its own errors (its `errdefs` package); its clients print the message.
 
 use crate::{
-    agent::AgentError, blocks::BlocksError, config::ConfigError, hooks::HookError, io::IoError, machine::MachineError,
-    network::NetworkError, pod_config::PodConfigError, spec::SpecError, storage::StorageError,
-    vm::VmError,
+    agent::AgentError, blocks::BlocksError, config::ConfigError, hooks::HookError, io::IoError,
+    machine::MachineError, network::NetworkError, pod_config::PodConfigError, spec::SpecError,
+    storage::StorageError, vm::VmError,
 };
 use std::{error::Error, path::PathBuf};
 use ttrpc::Code;
