@@ -214,7 +214,11 @@ fn a_pods_network_is_as_runc_has_it() -> Result<()> {
         let run = networked(runtime, DEBIAN, &wires.flag()).flag(TOOLS);
         let container = match runtime {
             Runtime::Runc => run.shell(ECHO),
-            Runtime::Walnut => run.flag("--cap-add=CAP_NET_ADMIN").shell(ECHO),
+            // Of its own kernel; runc's would be the node's administrator.
+            Runtime::Walnut => run
+                .flag("--cap-add=CAP_NET_ADMIN")
+                .flag("--cap-add=CAP_SYS_ADMIN")
+                .shell(ECHO),
         };
         let container = container.detach()?;
         seen.push(container.shell(SEEN)?.success()?.text());
@@ -317,11 +321,11 @@ fn administers(wired: &mut Wired) -> Result<()> {
         }
 END
         echo through | socat -t 30 - TCP:10.99.9.9:1
-        wg genkey > /tmp/key; ip link add wg0 type wireguard; wg set wg0 private-key /tmp/key listen-port 5555
+        umask 077; wg genkey > /tmp/key; ip link add wg0 type wireguard; wg set wg0 private-key /tmp/key listen-port 5555
         ip addr add 10.6.0.1/24 dev wg0; ip link set wg0 up; wg show wg0 | grep -c 'listening port: 5555'
         ip link add br0 type bridge; ip addr add 10.7.0.1/24 dev br0; ip link set br0 up
         ip link add in0 type veth peer name out0; ip link set out0 master br0; ip link set out0 up
-        unshare -n sh -ec 'mount -t sysfs none /sys 2> /dev/null; sleep 1000' & sleep 0.2; ip link set in0 netns $!
+        unshare -n sleep 1000 & until ip link set in0 netns $!; do :; done 2> /dev/null
         nsenter -n -t $! sh -ec 'ip addr add 10.7.0.2/24 dev in0; ip link set in0 up; ip route add default via 10.7.0.1
             ping -c 1 -w 30 10.7.0.1' > /dev/null; echo bridged; kill $!";
     let said = wired.container.shell(script)?.success()?.text();
@@ -425,6 +429,94 @@ fn interfaces_come_and_go() -> Result<()> {
     container.wait_for("STOPPED")?;
     container.task_status()?;
     container.remove()?;
+    leak.nothing_left()
+}
+
+/// Interfaces that stand on others of the node; each on a wire of its own, whose far end is in a third namespace.
+const UPON: &str = "
+    ip netns add wtfar; ip netns add wtupon
+    wire() {
+        ip link add wt$1 type veth peer name far$1 netns wtfar; ip link set wt$1 up
+        ip -n wtfar link set far$1 up; ip -n wtfar addr add 10.9$1.0.1/24 dev far$1
+        ip -n wtfar addr add fd9$1::1/64 dev far$1 nodad
+    }
+    wire 1; ip link add link wt1 name eth0 netns wtupon type macvlan mode bridge
+    wire 2; ip link add link wt2 name net1 netns wtupon type ipvlan mode l2
+    wire 3; ip link add link wt3 name net2 netns wtupon type ipvlan mode l3
+    n=1; for link in eth0 net1 net2; do
+        ip -n wtupon link set $link up; ip -n wtupon addr add 10.9$n.0.2/24 dev $link
+        ip -n wtupon addr add fd9$n::2/64 dev $link nodad; n=$((n + 1))
+    done
+    ip -n wtfar neigh add 10.93.0.2 lladdr $(cat /sys/class/net/wt3/address) dev far3";
+
+/// Both ways, by neighbours that are looked for; the third has no neighbours but its router.
+const REACHES: &str = "
+    for far in 10.91.0.1 10.92.0.1 10.93.0.1 fd91::1 fd92::1; do
+        ping -c 1 -w 30 $far > /dev/null && echo $far
+    done
+    ip -o link | sed -E 's/^[0-9]+: ([a-z0-9]+)@?[a-z0-9]*: <(NOARP)?.*/\\1 \\2/' | sort";
+
+#[test]
+fn interfaces_upon_others_are_as_runc_has_them() -> Result<()> {
+    if requirement::containerd()?.is_none() {
+        return Ok(());
+    }
+    let leak = Leak::watch()?;
+    let mut said = Vec::new();
+    for runtime in [Runtime::Runc, Runtime::Walnut] {
+        node(UPON)?;
+        let told = (|| {
+            let run = networked(runtime, DEBIAN, "--with-ns=network:/run/netns/wtupon");
+            let container = run.flag(TOOLS).command(&["sleep", "100000"]).detach()?;
+            said.push(container.shell(REACHES)?.text());
+            node(
+                "for near in 10.91.0.2 10.92.0.2 10.93.0.2 fd91::2; do
+                ip netns exec wtfar ping -c 1 -w 30 $near > /dev/null; done",
+            )
+        })();
+        let left = node(
+            "ip -n wtupon -d link show dev eth0 | grep -o 'allmulti [0-9]'; tc -n wtupon qdisc | grep -c clsact || true",
+        );
+        node("ip netns del wtupon; ip netns del wtfar")?;
+        told.with_context(|| format!("{runtime:?}"))?;
+        ensure!(left? == "allmulti 0\n0", "the namespace is not as it was");
+    }
+    same_lines(&said)?;
+    leak.nothing_left()
+}
+
+/// A file or link of the node that goes with its value.
+struct Placed(&'static str);
+
+impl Drop for Placed {
+    fn drop(&mut self) {
+        let _ = node(&format!("rm -rf {}", self.0));
+    }
+}
+
+/// `ctr --cni`, as Docker, connects what was created and has not been started: the container's first look finds it.
+#[test]
+fn what_is_connected_before_the_start_is_there_at_it() -> Result<()> {
+    if requirement::containerd()?.is_none() {
+        return Ok(());
+    }
+    let leak = Leak::watch()?;
+    let _configuration = Placed("/etc/cni/net.d/00-wt.conflist");
+    let _addresses = Placed("/run/wtcni");
+    node(
+        r#"mkdir -p /etc/cni/net.d /opt/cni; [ -e /opt/cni/bin ] || ln -s /usr/lib/cni /opt/cni/bin
+        echo '{"cniVersion":"1.0.0","name":"wtctr","plugins":[{"type":"ptp","ipMasq":false,"ipam":{"type":"host-local",
+            "dataDir":"/run/wtcni","subnet":"10.94.0.0/24","routes":[{"dst":"0.0.0.0/0"}]}}]}' > /etc/cni/net.d/00-wt.conflist"#,
+    )?;
+    let mut said = Vec::new();
+    for runtime in [Runtime::Runc, Runtime::Walnut] {
+        let run = networked(runtime, BUSYBOX, "--cni");
+        // Nothing waits here: what isn't there at once is missing.
+        let output = run.shell("ip -o -4 addr show eth0 | cut -d/ -f2 | cut -c1-2; ip route | sed 's/10.94.0.[0-9]*$//'");
+        said.push(output.finish()?.success()?.text());
+    }
+    same_lines(&said)?;
+    ensure!(said[0].contains("default via 10.94.0.1"), "{said:?}");
     leak.nothing_left()
 }
 

@@ -286,81 +286,73 @@ impl PodNetwork {
         count: usize,
     ) -> Result<Nic, NetworkError> {
         let index = interface.index;
-        let all_multicast = filters && interface.flags & IFF_ALLMULTI == 0;
-        let queues = self
-            .vcpus
-            .min(MAX_QUEUE_PAIRS)
-            .min(MAX_BOOT_PAIRS / count.max(1))
-            .max(1);
-        let failed = |what| {
-            let interface = interface.name.clone();
-            move |source| NetworkError::Operation {
-                what,
-                interface,
-                source,
-            }
-        };
+        let fair = (MAX_BOOT_PAIRS / count.max(1)).max(1);
+        let queues = self.vcpus.min(MAX_QUEUE_PAIRS).min(fair);
+        let failed = |what| interface_failed(what, interface);
         let mac = interface.mac.as_slice().try_into();
         let mac = mac
             .map_err(|_| failed("reading the MAC address of")(io::ErrorKind::InvalidData.into()))?;
-        let mtu = u16::try_from(interface.mtu).unwrap_or(u16::MAX);
         let tap = Tap::create(queues).map_err(failed("making a tap beside"))?;
-        let tap_index =
-            prepare_tap(socket, &tap, interface.mtu).map_err(failed("preparing a tap beside"))?;
-        let mut touched = Touched {
-            index,
-            place_made: false,
-            all_multicast,
-        };
+        let vhost = tap::vhost(queues).map_err(failed("opening /dev/vhost-net for"))?;
         let attached = Attached {
-            tap: tap_index,
+            tap: prepare_tap(socket, &tap, interface.mtu)
+                .map_err(failed("preparing a tap beside"))?,
             mtu: interface.mtu,
             device: String::new(),
-            touched,
+            touched: Touched {
+                index,
+                place_made: false,
+                all_multicast: filters && interface.flags & IFF_ALLMULTI == 0,
+            },
         };
         self.attached.insert(index, attached);
-        let redirected = (|| {
-            self.write_record()?;
-            touched.place_made =
-                redirect::make_place(socket, index).map_err(failed("preparing"))?;
-            if let Some(attached) = self.attached.get_mut(&index) {
-                attached.touched = touched;
-            }
-            self.write_record()?;
-            redirect::make_place(socket, tap_index)
-                .and_then(|_| redirect::redirect(socket, tap_index, index))
-                .map_err(failed("redirecting to"))?;
-            // From here on nothing arrives in the namespace itself.
-            redirect::redirect(socket, index, tap_index).map_err(|source| match source.kind() {
-                io::ErrorKind::AlreadyExists => NetworkError::Redirected(interface.name.clone()),
-                _ => failed("redirecting")(source),
-            })?;
-            if all_multicast {
-                redirect::set_link(socket, index, IFF_ALLMULTI, IFF_ALLMULTI, None)
-                    .map_err(failed("taking all multicast packets of"))?;
-            }
-            let vhost = tap::vhost(queues).map_err(failed("opening /dev/vhost-net for"))?;
-            Ok(vhost)
-        })();
-        match redirected {
-            Ok(vhost) => Ok(Nic {
-                index,
-                mac,
-                mtu,
-                tap,
-                vhost,
-            }),
+        match self.join(socket, interface) {
+            Ok(()) => {}
             Err(NetworkError::Redirected(name)) => {
                 // The filter is another's, and stays.
                 self.attached.remove(&index);
                 self.write_record()?;
-                Err(NetworkError::Redirected(name))
+                return Err(NetworkError::Redirected(name));
             }
             Err(error) => {
                 self.give_up(index);
-                Err(error)
+                return Err(error);
             }
         }
+        Ok(Nic {
+            index,
+            mac,
+            mtu: u16::try_from(interface.mtu).unwrap_or(u16::MAX),
+            tap,
+            vhost,
+        })
+    }
+
+    /// Makes an interface and its tap send what the other receives; what is to be undone is written down first.
+    fn join(&mut self, socket: &Socket, interface: &Interface) -> Result<(), NetworkError> {
+        let index = interface.index;
+        let failed = |what| interface_failed(what, interface);
+        self.write_record()?;
+        let place_made = redirect::make_place(socket, index).map_err(failed("preparing"))?;
+        let Some(attached) = self.attached.get_mut(&index) else {
+            return Ok(());
+        };
+        attached.touched.place_made = place_made;
+        let (tap, all_multicast) = (attached.tap, attached.touched.all_multicast);
+        self.write_record()?;
+        redirect::make_place(socket, tap)
+            .and_then(|_| redirect::redirect(socket, tap, index))
+            .map_err(failed("redirecting to"))?;
+        // From here on nothing arrives in the namespace itself.
+        redirect::redirect(socket, index, tap).map_err(|source| match source.kind() {
+            io::ErrorKind::AlreadyExists => NetworkError::Redirected(interface.name.clone()),
+            _ => failed("redirecting")(source),
+        })?;
+        if all_multicast {
+            redirect::set_link(socket, index, IFF_ALLMULTI, IFF_ALLMULTI, None)
+                .map_err(failed("taking all multicast packets of"))?;
+        }
+        Ok(())
     }
 
     fn write_record(&self) -> Result<(), NetworkError> {
@@ -384,13 +376,9 @@ impl Attached {
     /// A tap carries what its interface does.
     fn follow(&mut self, socket: &Socket, interface: &Interface) -> Result<(), NetworkError> {
         if self.mtu != interface.mtu {
-            redirect::set_link(socket, self.tap, 0, 0, Some(interface.mtu)).map_err(|source| {
-                NetworkError::Operation {
-                    what: "changing the MTU of the tap beside",
-                    interface: interface.name.clone(),
-                    source,
-                }
-            })?;
+            redirect::set_link(socket, self.tap, 0, 0, Some(interface.mtu)).map_err(
+                interface_failed("changing the MTU of the tap beside", interface),
+            )?;
             self.mtu = interface.mtu;
         }
         Ok(())
@@ -419,4 +407,11 @@ fn failed(what: &'static str, namespace: &Path) -> impl FnOnce(io::Error) -> Net
         interface,
         source,
     }
+}
+
+fn interface_failed(
+    what: &'static str,
+    interface: &Interface,
+) -> impl FnOnce(io::Error) -> NetworkError {
+    failed(what, Path::new(&interface.name))
 }

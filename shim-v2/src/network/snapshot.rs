@@ -159,12 +159,7 @@ impl Snapshot {
             .filter_map(|body| neighbour(body, &known))
             .collect();
         network.routes = lists.routes.iter().filter_map(|body| route(body)).collect();
-        network.rules = lists
-            .rules
-            .iter()
-            .filter(|body| is_of_user(body))
-            .cloned()
-            .collect();
+        network.rules = lists.rules.iter().filter(is_of_user).cloned().collect();
         Ok(snapshot)
     }
 }
