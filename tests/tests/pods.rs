@@ -38,7 +38,7 @@ fn look(name: &str) -> String {
     let links = links.map(|link| format!("busybox readlink {link}"));
     format!(
         "{{ {}; hostname; echo $$; cat /dev/shm/note 2>/dev/null; echo; }} > /pod/{name}.part; \
-         busybox mv /pod/{name}.part /pod/{name}",
+         busybox mv /pod/{name}.part /pod/{name}.seen",
         links.join("; ")
     )
 }
@@ -124,7 +124,7 @@ fn the_sandbox_api_makes_a_pod_in_which_containers_come_and_go() -> Result<()> {
     let mut seen = Vec::new();
     for name in ["one", "two", "three", "four"] {
         pod.run(&tasks, name)?;
-        let text = pod.read(name)?;
+        let text = pod.read(&format!("{name}.seen"))?;
         seen.push(text.lines().map(str::to_owned).collect::<Vec<_>>());
     }
     let [one, two, three, four] = &seen[..] else {
@@ -270,7 +270,7 @@ fn a_pause_container_holds_its_pod_and_ends_it() -> Result<()> {
         )?;
         ensure!(pod.start("web")? == result.address, "another server");
         pod.run(&tasks, "web")?;
-        let seen = pod.read(round)?;
+        let seen = pod.read(&format!("{round}.seen"))?;
         let lines: Vec<_> = seen.lines().collect();
         ensure!(lines[3..] == ["the-pod", "1", "shared", ""], "{lines:?}");
         ensure!(pod.exec(&tasks, "web", "exit 5")? == 5);
