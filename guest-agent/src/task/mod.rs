@@ -232,6 +232,7 @@ impl Tasks {
             request.id.clone(),
             request.bundle,
             cgroup,
+            spec.linux.resources.devices.clone(),
             process,
         ));
         self.lock()
@@ -329,9 +330,10 @@ impl Tasks {
     pub(crate) fn update(&self, id: &str, json: &[u8]) -> Result<(), TaskError> {
         let container = self.container(id)?;
         let resources = parse_resources(json)?;
-        if !resources.devices.is_empty() {
+        // The CRI sends all resources of the container, with what it doesn't change.
+        if !resources.devices.is_empty() && resources.devices != container.devices {
             return Err(TaskError::Unsupported(
-                "an update of linux.resources.devices",
+                "a change of linux.resources.devices",
             ));
         }
         container.cgroup.apply(&resources::settings(&resources)?)?;
