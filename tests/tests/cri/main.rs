@@ -43,7 +43,6 @@ stories! {
     streams::exec_attach_and_port_forward,
     life::the_end_of_a_pod_with_all_in_it,
     life::a_pod_is_removed_while_it_starts,
-    life::a_pod_is_given_up_while_it_starts,
     life::containerd_restarts_under_a_pod,
     life::many_pods_at_once,
 }
