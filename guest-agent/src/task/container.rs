@@ -5,7 +5,10 @@
 use super::{Process, Status, TaskError};
 use crate::{
     cgroup::Cgroup,
-    container::{spec::Inherited, wire::Identity},
+    container::{
+        spec::{DeviceRule, Inherited},
+        wire::Identity,
+    },
     syscall,
 };
 use std::{
@@ -31,6 +34,8 @@ pub(crate) struct Container {
     pub(crate) cgroup: Cgroup,
     /// What its later processes have from it.
     pub(super) inherited: Inherited,
+    /// The device rules that it was made with.
+    pub(super) devices: Vec<DeviceRule>,
     /// By the ids of execs; the first process has the empty one.
     processes: Mutex<HashMap<String, Arc<Process>>>,
     freezer: Mutex<Freezer>,
@@ -47,6 +52,7 @@ impl Container {
         Identity { id, bundle }: Identity,
         cgroup: Cgroup,
         inherited: Inherited,
+        devices: Vec<DeviceRule>,
         first: Process,
     ) -> Self {
         Self {
@@ -54,6 +60,7 @@ impl Container {
             bundle,
             cgroup,
             inherited,
+            devices,
             processes: Mutex::new(HashMap::from([(String::new(), Arc::new(first))])),
             freezer: Mutex::new(Freezer::Thawed),
         }

@@ -234,7 +234,8 @@ impl Tasks {
             bundle: request.bundle,
         };
         let inherited = Inherited::from(&spec);
-        let container = Container::new(identity.clone(), cgroup, inherited, process);
+        let devices = spec.linux.resources.devices.clone();
+        let container = Container::new(identity.clone(), cgroup, inherited, devices, process);
         let container = Arc::new(container);
         self.lock()
             .insert(request.id.clone(), Arc::clone(&container));
@@ -330,9 +331,10 @@ impl Tasks {
     pub(crate) fn update(&self, id: &str, json: &[u8]) -> Result<(), TaskError> {
         let container = self.container(id)?;
         let resources = parse_resources(json)?;
-        if !resources.devices.is_empty() {
+        // The CRI sends all resources of the container, with what it doesn't change.
+        if !resources.devices.is_empty() && resources.devices != container.devices {
             return Err(TaskError::Unsupported(
-                "an update of linux.resources.devices",
+                "a change of linux.resources.devices",
             ));
         }
         if resources.memory.check_before_update {

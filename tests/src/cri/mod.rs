@@ -22,7 +22,7 @@ use protobuf::reflect::FileDescriptor;
 use protobuf_json_mapping::{PrintOptions, parse_dyn_from_str, print_to_string_with_options};
 use protobuf_parse::Parser;
 use serde_json::Value;
-use std::{fs, path::Path, time::Duration};
+use std::{fs, path::Path};
 
 /// Kubernetes' `pkg/apis/runtime/v1/api.proto`, unchanged.
 const API: &str = include_str!("api.proto");
@@ -58,11 +58,6 @@ impl Cri {
 
     /// Makes a call that must succeed. A refusal is the error [`Refused`].
     pub fn call(&self, method: &str, request: Value) -> Result<Value> {
-        self.call_within(method, request, deadline::BOOT)
-    }
-
-    /// Makes a call with a deadline of its own.
-    pub fn call_within(&self, method: &str, request: Value, limit: Duration) -> Result<Value> {
         let message = |suffix: &str| {
             let name = format!("{method}{suffix}");
             let found = self.api.message_by_package_relative_name(&name);
@@ -77,7 +72,7 @@ impl Cri {
         };
         let path = format!("/runtime.v1.{service}/{method}");
         let body = request.write_to_bytes_dyn().context("cannot encode")?;
-        let answer = grpc::call(Path::new(CONTAINERD_SOCKET), &path, &body, limit)
+        let answer = grpc::call(Path::new(CONTAINERD_SOCKET), &path, &body, deadline::BOOT)
             .with_context(|| method.to_owned())?;
         let answer = message("Response")?
             .parse_from_bytes(&answer)

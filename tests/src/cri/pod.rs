@@ -1,16 +1,12 @@
 //! A Pod, as the kubelet makes it: a cgroup, a directory for logs, a sandbox.
 
 use super::{Container, Cri, Refused, merge, text};
-use crate::{
-    ctr::{self, Runtime},
-    deadline,
-};
+use crate::ctr::{self, Runtime};
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 use std::{
     fs,
     path::{Path, PathBuf},
-    time::Duration,
 };
 use tempfile::TempDir;
 
@@ -44,11 +40,6 @@ impl Drop for Files {
 impl Cri {
     /// Runs a Pod; `over` is put over a plain configuration.
     pub fn pod(&self, over: Value) -> Result<Pod<'_>> {
-        self.pod_within(over, deadline::BOOT)
-    }
-
-    /// As [`Cri::pod`], but loses patience after a while.
-    pub fn pod_within(&self, over: Value, limit: Duration) -> Result<Pod<'_>> {
         let name = ctr::unique_name(self.runtime());
         let cgroup = Path::new(CGROUPS).join(&name);
         fs::create_dir_all(&cgroup).with_context(|| format!("cannot make {}", cgroup.display()))?;
@@ -71,7 +62,7 @@ impl Cri {
         });
         merge(&mut config, over);
         let request = json!({ "config": config, "runtime_handler": handler(self.runtime()) });
-        let answer = self.call_within("RunPodSandbox", request, limit)?;
+        let answer = self.call("RunPodSandbox", request)?;
         Ok(Pod {
             cri: self,
             id: text(&answer["pod_sandbox_id"])?,

@@ -3,9 +3,9 @@
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use std::{collections::BTreeSet, sync::Barrier, time::Duration};
+use std::{collections::BTreeSet, sync::Barrier};
 use walnut_tests::{
-    cri::{Cri, says, text},
+    cri::{Cri, says},
     deadline::{self, Deadline},
     processes,
 };
@@ -42,17 +42,6 @@ pub(crate) fn the_end_of_a_pod_with_all_in_it(cri: &Cri) -> Result<()> {
     Ok(())
 }
 
-/// All sandboxes of the tests.
-fn sandboxes(cri: &Cri) -> Result<Vec<String>> {
-    let answer = cri.call("ListPodSandbox", json!({}))?;
-    let items = answer["items"].as_array();
-    items
-        .into_iter()
-        .flatten()
-        .map(|item| text(&item["id"]))
-        .collect()
-}
-
 pub(crate) fn a_pod_is_removed_while_it_starts(cri: &Cri) -> Result<()> {
     // Its containers start while it is stopped and removed.
     let pod = cri.pod(json!({}))?;
@@ -70,24 +59,6 @@ pub(crate) fn a_pod_is_removed_while_it_starts(cri: &Cri) -> Result<()> {
         removed
     })?;
     pod.remove()?;
-    Ok(())
-}
-
-/// The kubelet loses patience at several moments; what it finds by then it removes.
-pub(crate) fn a_pod_is_given_up_while_it_starts(cri: &Cri) -> Result<()> {
-    for patience in [50, 300, 1500] {
-        let limit = Duration::from_millis(patience);
-        let pod = cri.pod_within(json!({}), limit);
-        drop(pod);
-        deadline::until("the sandbox's end", Deadline::after(deadline::BOOT), || {
-            for id in sandboxes(cri)? {
-                let request = || json!({ "pod_sandbox_id": id });
-                cri.call("StopPodSandbox", request())?;
-                cri.call("RemovePodSandbox", request())?;
-            }
-            Ok(sandboxes(cri)?.is_empty().then_some(()))
-        })?;
-    }
     Ok(())
 }
 

@@ -1,5 +1,6 @@
 //! containerd's CRI, as the kubelet uses it: the same stories with Walnut and with runc, the oracle, but for the kernel.
 
+mod container;
 mod life;
 mod pod;
 mod streams;
@@ -37,12 +38,11 @@ macro_rules! stories {
 stories! {
     pod::a_pod_and_its_containers,
     pod::what_containers_may_do,
-    pod::how_containers_live_and_end,
+    container::how_containers_live_and_end,
     pod::processes_of_a_pod_that_shares_them,
     streams::exec_attach_and_port_forward,
     life::the_end_of_a_pod_with_all_in_it,
     life::a_pod_is_removed_while_it_starts,
-    life::a_pod_is_given_up_while_it_starts,
     life::containerd_restarts_under_a_pod,
     life::many_pods_at_once,
 }

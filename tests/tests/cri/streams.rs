@@ -4,6 +4,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::json;
 use walnut_tests::{
     cri::{Cri, Pod, forward, says},
+    ctr::Runtime,
     deadline::{self, Deadline},
 };
 
@@ -123,8 +124,14 @@ fn port_forward(pod: &mut Pod<'_>) -> Result<()> {
     let answer = forward(&pod.port_forward(8081)?, request, |bytes| {
         bytes.ends_with(b"\n20000\n")
     });
-    let answer = answer.context("the forwarded port")?;
-    says(&String::from_utf8_lossy(&answer[..20]), &["200 OK"])?;
+    if pod.cri().runtime() == Runtime::Walnut {
+        // containerd dials the node's side of the Pod's network (docs/limitations.md).
+        let refused = answer.err().context("port-forward works")?;
+        says(&format!("{refused:#}"), &["connection refused"])?;
+    } else {
+        let answer = answer.context("the forwarded port")?;
+        says(&String::from_utf8_lossy(&answer[..20]), &["200 OK"])?;
+    }
     container.stop(0)?;
     container.remove()
 }
