@@ -181,13 +181,8 @@ impl Sandbox {
             terminal: request.terminal,
         };
         let created = async {
-            let json = serde_json::to_vec(&guest).map_err(|source| ShimError::Json {
-                what: "the guest's configuration",
-                path: bundle.clone(),
-                source,
-            })?;
             hooks.creating(machine.pid()).await?;
-            create_in_guest(&machine, &request.id, json, stdio).await
+            create_in_guest(&machine, request, &guest, stdio).await
         };
         match created.await {
             Ok(init) => {
@@ -447,10 +442,16 @@ async fn wait_in_guest(machine: &Machine, process: &Process) -> u32 {
 
 async fn create_in_guest(
     machine: &Machine,
-    id: &str,
-    spec: Vec<u8>,
+    request: &api::CreateTaskRequest,
+    guest: &Spec,
     stdio: Stdio,
 ) -> Result<Process, ShimError> {
+    let id = request.id.as_str();
+    let spec = serde_json::to_vec(guest).map_err(|source| ShimError::Json {
+        what: "the guest's configuration",
+        path: PathBuf::from(&request.bundle),
+        source,
+    })?;
     let (streams, names) = machine.ask(Streams::open(machine.agent(), &stdio)).await?;
     machine
         .ask(machine.agent().create(id, spec, stdio.terminal, &names))
