@@ -8,13 +8,17 @@ use super::{
     OsError, SetupError, identity,
     program::{self, Program},
     rootfs,
+    seccomp::Filter,
     spec::{NamespaceKind, Process, Spec},
     terminal,
     wire::{self, Blame, Failure, GO, Job, JobFds, Report},
 };
 use crate::syscall::{self, Side, SingleThread};
 use nix::sched::{CloneFlags, setns, unshare};
-use rustix::io::Errno;
+use rustix::{
+    fs::{CWD, Mode, OFlags, openat},
+    io::Errno,
+};
 use std::{
     error::Error,
     os::fd::{AsFd, OwnedFd},
@@ -40,7 +44,7 @@ pub(crate) fn run() -> ExitCode {
     };
     let result = wire::receive_job(&socket)
         .map_err(SetupError::step("cannot receive a job"))
-        .and_then(|(job, fds)| first_stage(&socket, &job, fds));
+        .and_then(|(job, filter, fds)| first_stage(&socket, &job, filter.as_ref(), fds));
     let Err(error) = result else {
         return ExitCode::SUCCESS;
     };
@@ -64,12 +68,18 @@ fn describe(error: &SetupError) -> Failure {
     wire::failure(blame, &message)
 }
 
-fn first_stage(socket: &OwnedFd, job: &Job, fds: JobFds) -> Result<(), SetupError> {
+fn first_stage(
+    socket: &OwnedFd,
+    job: &Job,
+    filter: Option<&Filter>,
+    fds: JobFds,
+) -> Result<(), SetupError> {
     // Processes of the container must not look into this one while it still is the agent's program.
     let alone = SingleThread::check().map_err(SetupError::step("cannot fork"))?;
     nix::sys::prctl::set_dumpable(false).map_err(SetupError::step("cannot become undumpable"))?;
     identity::set_usual_limits()?;
     identity::set_oom_score(job.process().oom_score_adj)?;
+    let procfs = open_procfs(job.process())?;
     let flags = match job {
         Job::Create(spec) => new_namespaces(spec)?,
         Job::Exec(_) => {
@@ -84,8 +94,19 @@ fn first_stage(socket: &OwnedFd, job: &Job, fds: JobFds) -> Result<(), SetupErro
     match side {
         Side::Parent(pid) => wire::send_report(socket, &Report::Process(pid), None)
             .map_err(SetupError::step("cannot report the process")),
-        Side::Child => second_stage(socket, job, fds),
+        Side::Child => second_stage(socket, job, filter, procfs, fds),
     }
+}
+
+/// The agent's `/proc`, if a profile of AppArmor is to be told to it: the container's may be anything.
+fn open_procfs(process: &Process) -> Result<Option<OwnedFd>, SetupError> {
+    if process.apparmor_profile.is_empty() {
+        return Ok(None);
+    }
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    openat(CWD, "/proc", flags, Mode::empty())
+        .map(Some)
+        .map_err(SetupError::step("cannot open /proc"))
 }
 
 /// Joins the namespaces that have a path, and answers the ones to make.
@@ -123,19 +144,31 @@ fn join(container: &Option<OwnedFd>, flags: CloneFlags) -> Result<(), SetupError
 
 /// The container's process: everything up to its program. Never returns to the first stage's caller
 /// but to exit.
-fn second_stage(socket: &OwnedFd, job: &Job, fds: JobFds) -> Result<(), SetupError> {
+fn second_stage(
+    socket: &OwnedFd,
+    job: &Job,
+    filter: Option<&Filter>,
+    procfs: Option<OwnedFd>,
+    fds: JobFds,
+) -> Result<(), SetupError> {
     rustix::process::setsid().map_err(SetupError::step("cannot start a session"))?;
+    if let Some(procfs) = procfs {
+        identity::confine_from_exec(procfs.as_fd(), &job.process().apparmor_profile)?;
+    }
     match (job, &fds.container) {
         (Job::Create(spec), _) => enter_container(spec, &fds)?,
         (Job::Exec(_), container) => join(container, CloneFlags::CLONE_NEWCGROUP)?,
     }
     let process = job.process();
     let terminal = connect_stdio(job, process, fds)?;
-    let program = become_user(process)?;
+    let program = become_user(process, filter.is_some())?;
     wire::send_report(socket, &Report::Ready, terminal.as_ref().map(AsFd::as_fd))
         .map_err(SetupError::step("cannot report that all is ready"))?;
     drop(terminal);
     wait_for_go(socket);
+    if let Some(filter) = filter {
+        identity::install_filter(filter, process)?;
+    }
     Err(program.execute())
 }
 
@@ -177,12 +210,12 @@ fn connect_stdio(job: &Job, process: &Process, fds: JobFds) -> Result<Option<Own
 }
 
 /// Becomes who the process is to be, where it is to be, and finds its program there.
-fn become_user(process: &Process) -> Result<Program, SetupError> {
+fn become_user(process: &Process, filtered: bool) -> Result<Program, SetupError> {
     let go = || rustix::process::chdir(&process.cwd);
     // The directory may be open to the user alone, or to root alone.
     let before = go();
     identity::set_limits(&process.rlimits)?;
-    identity::assume(process)?;
+    identity::assume(process, filtered)?;
     before
         .or_else(|_: Errno| go())
         .map_err(SetupError::named(format!(

@@ -15,6 +15,7 @@ mod program;
 pub(crate) mod refuse;
 mod resolve;
 mod rootfs;
+pub(crate) mod seccomp;
 pub(crate) mod spec;
 mod terminal;
 mod validate;

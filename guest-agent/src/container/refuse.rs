@@ -13,7 +13,6 @@ const UNSUPPORTED: &[&str] = &[
     "hooks",
     "linux.uidMappings",
     "linux.gidMappings",
-    "linux.seccomp",
     "linux.mountLabel",
     "linux.intelRdt",
     "linux.personality",
@@ -23,13 +22,8 @@ const UNSUPPORTED: &[&str] = &[
 ];
 
 /// The same of `process`, and of the process of an exec.
-const UNSUPPORTED_OF_PROCESS: &[&str] = &[
-    "apparmorProfile",
-    "selinuxLabel",
-    "ioPriority",
-    "scheduler",
-    "execCPUAffinity",
-];
+const UNSUPPORTED_OF_PROCESS: &[&str] =
+    &["selinuxLabel", "ioPriority", "scheduler", "execCPUAffinity"];
 
 /// The same of `linux.resources`, and of an update: cgroup v2 has no such knob.
 const UNSUPPORTED_OF_RESOURCES: &[&str] = &[
@@ -195,14 +189,6 @@ mod tests {
     fn what_is_not_enforced_is_refused_by_name() {
         let cases = [
             (json!({"hooks": {"prestart": [{"path": "/x"}]}}), "hooks"),
-            (
-                json!({"linux": {"seccomp": {"defaultAction": "SCMP_ACT_ERRNO"}}}),
-                "linux.seccomp",
-            ),
-            (
-                json!({"process": {"apparmorProfile": "p"}}),
-                "process.apparmorProfile",
-            ),
             (
                 json!({"process": {"execCPUAffinity": {"initial": "0"}}}),
                 "process.execCPUAffinity",

@@ -3,7 +3,7 @@
 //! Must not start a process: `process` does.
 
 use super::{Process, Status, TaskError};
-use crate::{cgroup::Cgroup, syscall};
+use crate::{cgroup::Cgroup, container::seccomp::Filter, syscall};
 use std::{
     collections::HashMap,
     fmt,
@@ -25,6 +25,8 @@ pub(crate) struct Container {
     pub(crate) bundle: String,
     /// What its processes are held in.
     pub(crate) cgroup: Cgroup,
+    /// What system calls they may make, those of execs too.
+    pub(crate) filter: Option<Filter>,
     /// By the ids of execs; the first process has the empty one.
     processes: Mutex<HashMap<String, Arc<Process>>>,
     freezer: Mutex<Freezer>,
@@ -37,11 +39,18 @@ impl fmt::Debug for Container {
 }
 
 impl Container {
-    pub(super) fn new(id: String, bundle: String, cgroup: Cgroup, first: Process) -> Self {
+    pub(super) fn new(
+        id: String,
+        bundle: String,
+        cgroup: Cgroup,
+        filter: Option<Filter>,
+        first: Process,
+    ) -> Self {
         Self {
             id,
             bundle,
             cgroup,
+            filter,
             processes: Mutex::new(HashMap::from([(String::new(), Arc::new(first))])),
             freezer: Mutex::new(Freezer::Thawed),
         }

@@ -18,7 +18,7 @@ use crate::{
     container::{
         launch::LaunchError,
         refuse::{SpecError, parse_process, parse_resources, parse_spec},
-        validate, validate_process,
+        seccomp, validate, validate_process,
         wire::Job,
     },
     reaper::{Exit, Reaper},
@@ -202,8 +202,11 @@ impl Tasks {
             .names
             .claim(&self.machinery.streams, request.terminal)?;
         check_id("container", &request.id)?;
-        let spec = parse_spec(request.spec)?;
+        let mut spec = parse_spec(request.spec)?;
         validate(&spec)?;
+        // Compiled once: execs live under it too.
+        let profile = spec.linux.seccomp.take();
+        let filter = profile.as_ref().map(seccomp::compile).transpose()?;
         same_terminal(request.terminal, spec.process.terminal)?;
         let settings = resources::settings(&spec.linux.resources)?;
         let device_program = devices::program(&spec.linux.resources.devices)?;
@@ -219,6 +222,7 @@ impl Tasks {
             request.id.clone(),
             request.bundle,
             cgroup,
+            filter,
             process,
         ));
         self.lock()
