@@ -2,7 +2,10 @@
 //!
 //! containerd turns a code into its own error of that name, by which clients decide. Must not log.
 
-use crate::{container::refuse::SpecError, guest::GuestError, stdio::StdioError, task::TaskError};
+use crate::{
+    apparmor::AppArmorError, container::refuse::SpecError, guest::GuestError, stdio::StdioError,
+    task::TaskError,
+};
 use std::error::Error;
 use ttrpc::{Code, get_status};
 
@@ -31,6 +34,7 @@ impl From<TaskError> for ttrpc::Error {
             | TaskError::Size { .. }
             | TaskError::Contradiction(_)
             | TaskError::Spec(_)
+            | TaskError::AppArmor(AppArmorError::Unknown { .. })
             | TaskError::Resources(_)
             | TaskError::DeviceRules(_)
             | TaskError::Stdio(StdioError::Name { .. }) => Code::INVALID_ARGUMENT,
@@ -38,6 +42,7 @@ impl From<TaskError> for ttrpc::Error {
             TaskError::Launch(launch) if launch.is_of_request() => Code::INVALID_ARGUMENT,
             TaskError::Stdio(StdioError::System { .. })
             | TaskError::Launch(_)
+            | TaskError::AppArmor(AppArmorError::System { .. })
             | TaskError::Cgroup(_)
             | TaskError::System { .. } => Code::INTERNAL,
         };

@@ -4,6 +4,7 @@
 //! requests; `task` holds containers and their processes; `container` makes them, `cgroup` holds them,
 //! `stdio` connects them, `reaper` sees them end. Must not trust a container.
 
+mod apparmor;
 mod cgroup;
 mod container;
 mod error;

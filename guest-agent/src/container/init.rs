@@ -13,7 +13,10 @@ use super::{
     terminal,
     wire::{self, Blame, Failure, GO, Job, JobFds, Report},
 };
-use crate::syscall::{self, Side, SingleThread};
+use crate::{
+    apparmor,
+    syscall::{self, Side, SingleThread},
+};
 use nix::sched::{CloneFlags, setns, unshare};
 use rustix::{
     fs::{CWD, Mode, OFlags, openat},
@@ -100,7 +103,7 @@ fn first_stage(
 
 /// The agent's `/proc`, if a profile of AppArmor is to be told to it: the container's may be anything.
 fn open_procfs(process: &Process) -> Result<Option<OwnedFd>, SetupError> {
-    if process.apparmor_profile.is_empty() {
+    if !apparmor::confines(&process.apparmor_profile) {
         return Ok(None);
     }
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;

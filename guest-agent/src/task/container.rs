@@ -17,6 +17,15 @@ enum Freezer {
     Frozen,
 }
 
+/// What a container's first process is confined by, and with it those that are added.
+#[derive(Debug)]
+pub(super) struct Confinement {
+    /// What system calls they may make.
+    pub(super) filter: Option<Filter>,
+    /// AppArmor's, if an added process names no other.
+    pub(super) apparmor_profile: String,
+}
+
 /// A container that exists, running or not.
 pub(crate) struct Container {
     /// Its id, one path component.
@@ -25,8 +34,8 @@ pub(crate) struct Container {
     pub(crate) bundle: String,
     /// What its processes are held in.
     pub(crate) cgroup: Cgroup,
-    /// What system calls they may make, those of execs too.
-    pub(crate) filter: Option<Filter>,
+    /// What its processes are confined by.
+    pub(super) confinement: Confinement,
     /// By the ids of execs; the first process has the empty one.
     processes: Mutex<HashMap<String, Arc<Process>>>,
     freezer: Mutex<Freezer>,
@@ -43,14 +52,14 @@ impl Container {
         id: String,
         bundle: String,
         cgroup: Cgroup,
-        filter: Option<Filter>,
+        confinement: Confinement,
         first: Process,
     ) -> Self {
         Self {
             id,
             bundle,
             cgroup,
-            filter,
+            confinement,
             processes: Mutex::new(HashMap::from([(String::new(), Arc::new(first))])),
             freezer: Mutex::new(Freezer::Thawed),
         }

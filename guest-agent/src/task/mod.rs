@@ -6,10 +6,12 @@
 mod container;
 mod process;
 
+use container::Confinement;
 pub(crate) use container::Container;
 pub(crate) use process::{Process, Status, StdioNames};
 
 use crate::{
+    apparmor::{AppArmorError, Profiles},
     cgroup::{
         CgroupError, Hierarchy,
         devices::{self, DeviceRuleError},
@@ -104,6 +106,9 @@ pub(crate) enum TaskError {
     /// The configuration is refused.
     #[error(transparent)]
     Spec(#[from] SpecError),
+    /// The profile cannot be had.
+    #[error(transparent)]
+    AppArmor(#[from] AppArmorError),
     /// The resources are refused.
     #[error(transparent)]
     Resources(#[from] ResourceError),
@@ -136,6 +141,8 @@ pub(crate) struct Machinery {
     pub(crate) program: PathBuf,
     /// Where containers' cgroups are made.
     pub(crate) hierarchy: Hierarchy,
+    /// What AppArmor's kernel side has been given.
+    pub(crate) profiles: Arc<Profiles>,
     /// Where children end.
     pub(crate) reaper: Reaper,
     /// Where the shim's streams wait.
@@ -206,8 +213,14 @@ impl Tasks {
         validate(&spec)?;
         // Compiled once: execs live under it too.
         let profile = spec.linux.seccomp.take();
-        let filter = profile.as_ref().map(seccomp::compile).transpose()?;
+        let confinement = Confinement {
+            filter: profile.as_ref().map(seccomp::compile).transpose()?,
+            apparmor_profile: spec.process.apparmor_profile.clone(),
+        };
         same_terminal(request.terminal, spec.process.terminal)?;
+        self.machinery
+            .profiles
+            .load(&spec.process.apparmor_profile)?;
         let settings = resources::settings(&spec.linux.resources)?;
         let device_program = devices::program(&spec.linux.resources.devices)?;
         if self.lock().contains_key(&request.id) {
@@ -222,7 +235,7 @@ impl Tasks {
             request.id.clone(),
             request.bundle,
             cgroup,
-            filter,
+            confinement,
             process,
         ));
         self.lock()
@@ -255,9 +268,14 @@ impl Tasks {
             .claim(&self.machinery.streams, request.terminal)?;
         check_id("process", &request.exec_id)?;
         let container = self.container(id)?;
-        let process = parse_process(request.process)?;
+        let mut process = parse_process(request.process)?;
         validate_process(&process)?;
+        if process.apparmor_profile.is_empty() {
+            let inherited = &container.confinement.apparmor_profile;
+            process.apparmor_profile.clone_from(inherited);
+        }
         same_terminal(request.terminal, process.terminal)?;
+        self.machinery.profiles.load(&process.apparmor_profile)?;
         container.check_joinable("exec in")?;
         if container.process(&request.exec_id).is_ok() {
             return Err(TaskError::Exists {

@@ -241,7 +241,7 @@ impl Process {
             &machinery.program,
             &machinery.reaper,
             &job,
-            container.filter.as_ref(),
+            container.confinement.filter.as_ref(),
             fds,
         )
         .await?;
