@@ -2,11 +2,17 @@
 //! nothing that a container does to itself takes the agent from the others.
 
 use anyhow::{Context, Result, ensure};
+use rustix::process::Signal;
 use serde_json::{Value, json};
+use std::process::Command;
 use walnut_agent_api::containerd::ttrpc::Code;
 use walnut_tests::{
     bundle::{Spec, process},
+    command::{self, End},
+    ctr::{DEBIAN, Runtime},
+    deadline::{self, Deadline},
     guest::Guest,
+    leak::Leak,
     requirement,
     story::tell,
     task::{Stdio, refused},
@@ -37,6 +43,7 @@ fn a_container_is_held_to_what_it_was_given() -> Result<()> {
             ("AppArmor holds root", apparmor),
             ("unknown profiles of AppArmor are named", unknown_profiles),
             ("root has no power over the guest", isolation),
+            ("programs end as they say", ends),
             ("memory runs out for who uses it", memory),
             ("processes and tmpfs run out for who uses them", exhaustion),
         ],
@@ -219,31 +226,74 @@ fn unknown_profiles(guest: &mut Guest) -> Result<()> {
 /// Each line that a container without extra capabilities must not get to print.
 fn isolation(guest: &mut Guest) -> Result<()> {
     let neighbour = guest.stay()?;
-    let script = "busybox mount -t tmpfs none /tmp 2>/dev/null && echo mounted
-        busybox reboot -f 2>/dev/null && echo rebooted
-        busybox insmod /bin/busybox 2>/dev/null && echo loaded
-        busybox mknod /tmp/mem c 1 1 2>/dev/null && head -c1 /tmp/mem && echo memory
+    let script = "busybox mount -t tmpfs none /tmp && echo mounted
+        busybox reboot -f && echo rebooted
+        busybox insmod /bin/busybox && echo loaded
+        busybox mknod /tmp/mem c 1 1 && head -c1 /tmp/mem && echo memory
         echo 1 > /proc/sys/kernel/panic && echo sysctl
-        grep -l walnut /proc/[0-9]*/cmdline; ls -d /init /apparmor /run/walnut 2>/dev/null
-        cat /proc/1/cmdline | head -c2; echo; grep -c . /proc/net/unix";
-    let outcome = guest.run(|spec| spec, &format!("({script}) 2>/dev/null"), b"")?;
-    // The first process is the container's own; the one line of /proc/net/unix is its heading.
-    ensure!(outcome.text() == "sh\n1\n", "{outcome:?}");
-    guest.remove(&neighbour)?;
+        kill -9 -1 && echo killed others
+        ls -d /init /apparmor /run/walnut /proc/1/root/init
+        grep -E '[/@]' /proc/net/unix | grep -v Path
+        tr '\\0' '\\n' < /proc/1/cmdline | head -n1; ls /proc | grep -cE '^[0-9]'";
+    let confined = |spec: Spec| spec.with("/linux/readonlyPaths", json!(["/proc/sys"]));
+    let outcome = guest.run(confined, &format!("({script}) 2>/dev/null"), b"")?;
+    // Its own first process, and few more that are its own.
+    let text = outcome.text();
+    let own: Vec<&str> = text.lines().collect();
+    ensure!(
+        matches!(own[..], ["killed others", "sh", count] if count.len() == 1),
+        "{own:?} {}",
+        outcome.stderr
+    );
+    ensure!(guest.remove(&neighbour)? == 137, "the neighbour was gone");
     Ok(())
 }
 
+/// More than the guest has, by one process.
+const GLUTTON: &str = "dd if=/dev/zero bs=1M count=900 2>/dev/null | tail -c 800000000 > /dev/null";
+
 fn memory(guest: &mut Guest) -> Result<()> {
     let neighbour = guest.stay()?;
+    let id = guest.name();
     // No limit of its own.
-    let outcome = guest.run(
-        |spec| spec,
-        "exec head -c 2000000000 /dev/zero | tail -n1",
-        b"",
+    let spec = guest.spec(&id, &["sh", "-c", GLUTTON]);
+    guest.agent.create(&id, spec.to_json(), &Stdio::default())?;
+    guest.agent.tasks.start(&id, "")?;
+    let kills = guest.agent.out_of_memory(&id, 0)?;
+    ensure!(kills >= 1, "{kills}");
+    ensure!(guest.agent.tasks.wait(&id, "")? == 137, "no 137");
+    guest.agent.tasks.delete(&id, "")?;
+    refused(
+        guest.agent.out_of_memory(&id, kills),
+        Code::NOT_FOUND,
+        &[&id],
     )?;
-    ensure!(outcome.status == 137, "{outcome:?}");
     expect(guest, |spec| spec, "echo well", "well\n")?;
     ensure!(guest.remove(&neighbour)? == 137);
+    Ok(())
+}
+
+/// What runc's users know of programs that are none, and of first processes that leave others behind.
+fn ends(guest: &mut Guest) -> Result<()> {
+    let script = "printf 'echo no interpreter\\n' > /bin/plain; busybox chmod 755 /bin/plain";
+    expect(guest, |spec| spec, script, "")?;
+    let id = guest.name();
+    let spec = guest.spec(&id, &["/bin/plain"]);
+    guest.agent.create(&id, spec.to_json(), &Stdio::default())?;
+    let started = guest.agent.tasks.start(&id, "");
+    refused(
+        started,
+        Code::INVALID_ARGUMENT,
+        &["/bin/plain", "exec format error"],
+    )?;
+    guest.agent.tasks.delete(&id, "")?;
+    // The daemon holds nothing of the container's streams, and ends with its first process.
+    let daemon = "busybox setsid sleep 100000 > /dev/null 2>&1 < /dev/null & exit 7";
+    let outcome = guest.run(|spec| spec, daemon, b"")?;
+    ensure!(outcome.status == 7, "{outcome:?}");
+    let outcome = guest.run(|spec| spec, "kill -SEGV $$; exec busybox kill -SEGV 1", b"")?;
+    // PID 1 of a namespace is spared.
+    ensure!(outcome.status == 0, "{outcome:?}");
     Ok(())
 }
 
@@ -257,4 +307,88 @@ fn exhaustion(guest: &mut Guest) -> Result<()> {
     let outcome = guest.run(limited, fill, b"")?;
     ensure!(outcome.text() != "0\n", "{outcome:?}");
     expect(guest, |spec| spec, "echo well", "well\n")
+}
+
+/// What a container with containerd's filter may do, and then that it has little memory.
+const FILTERED: &str = "
+import ctypes, os, re, socket, subprocess
+print(re.findall(r'Seccomp.*', open('/proc/self/status').read()))
+c = ctypes.CDLL(None, use_errno=True)
+def call(*arguments):
+    ctypes.set_errno(0)
+    return c.syscall(*arguments) >= 0, ctypes.get_errno()
+# unshare, mount, reboot, one of the future, clone3, personality, socket of each family, clone with a namespace
+print(call(272, 0x10000000), call(165, 0, 0, 0, 0, 0), call(169, 0, 0, 0), call(9999), call(435, 0, 0))
+print(call(135, 8), call(135, 9), call(41, 1, 1, 0), call(41, 40, 1, 0), call(56, 0x10000000, 0, 0, 0, 0))
+os.write(1, b'')
+subprocess.run(['sh', '-c', 'head -c 200000000 /dev/zero | tail -c 200000000 > /dev/null; echo $?'])
+";
+
+#[test]
+fn containerds_filter_and_limits_are_as_under_runc() -> Result<()> {
+    if requirement::containerd()?.is_none() {
+        return Ok(());
+    }
+    let leak = Leak::watch()?;
+    let mut found = Vec::new();
+    for runtime in [Runtime::Walnut, Runtime::Runc] {
+        let events = command::start(Command::new("ctr").arg("events"), Vec::new())?;
+        let run = runtime
+            .run(DEBIAN)
+            .flag("--seccomp")
+            .flag("--memory-limit=67108864")
+            .command(&["python3", "-u", "-c", FILTERED]);
+        let id = run.id().to_owned();
+        let output = run
+            .finish()?
+            .success()
+            .with_context(|| format!("{runtime:?}"))?;
+        events.signal(Signal::TERM)?;
+        let told = events.wait(Deadline::after(deadline::REQUEST))?.text();
+        let is_told = told
+            .lines()
+            .any(|line| line.contains("/tasks/oom") && line.contains(&id));
+        ensure!(is_told, "{runtime:?} publishes no /tasks/oom: {told}");
+        found.push(output.text());
+    }
+    let runc = &found[1];
+    ensure!(runc.starts_with("['Seccomp:\\t2'"), "{runc}");
+    ensure!(
+        runc.contains("(False, 1) (False, 38) (False, 38)"),
+        "{runc}"
+    );
+    ensure!(runc.ends_with("\n137"), "{runc}");
+    ensure!(found[0] == *runc, "walnut: {}\nrunc: {runc}", found[0]);
+    leak.nothing_left()
+}
+
+/// The agent's ports and one of the host's, by every id that could lead there: nobody answers.
+const SOCKETS: &str = "
+import socket
+def answers(cid, port):
+    try:
+        s = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+        s.settimeout(10)
+        s.connect((cid, port))
+        s.send(bytes(8))
+        return len(s.recv(1)) > 0
+    except TimeoutError:
+        return True
+    except OSError:
+        return False
+print([(cid, port) for cid in (1, 2, 3) for port in (22, 1023, 1024, 1025) if answers(cid, port)])
+";
+
+#[test]
+fn no_socket_leads_to_the_agent_or_the_host() -> Result<()> {
+    if requirement::containerd()?.is_none() {
+        return Ok(());
+    }
+    let run = Runtime::Walnut.run(DEBIAN);
+    let output = run.command(&["python3", "-c", SOCKETS]).finish()?;
+    ensure!(
+        output.end == End::Exited(0) && output.text() == "[]",
+        "{output:?}"
+    );
+    Ok(())
 }

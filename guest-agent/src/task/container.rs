@@ -10,6 +10,8 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
+use tokio::sync::watch;
+
 /// Whether the container's processes may run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Freezer {
@@ -39,6 +41,8 @@ pub(crate) struct Container {
     /// By the ids of execs; the first process has the empty one.
     processes: Mutex<HashMap<String, Arc<Process>>>,
     freezer: Mutex<Freezer>,
+    /// Gone with the container.
+    alive: watch::Sender<()>,
 }
 
 impl fmt::Debug for Container {
@@ -62,6 +66,7 @@ impl Container {
             confinement,
             processes: Mutex::new(HashMap::from([(String::new(), Arc::new(first))])),
             freezer: Mutex::new(Freezer::Thawed),
+            alive: watch::Sender::new(()),
         }
     }
 
@@ -140,6 +145,24 @@ impl Container {
         self.cgroup.freeze(false).await?;
         *self.freezer() = Freezer::Thawed;
         Ok(())
+    }
+
+    /// Waits until memory has run out for it more often than `seen`; answers how often. Does not keep the
+    /// container: one that has been deleted is not found.
+    pub(super) fn kills_after(
+        &self,
+        seen: u64,
+    ) -> impl Future<Output = Result<u64, TaskError>> + use<> {
+        let (cgroup, mut alive, id) =
+            (self.cgroup.clone(), self.alive.subscribe(), self.id.clone());
+        async move {
+            let gone = async move { while alive.changed().await.is_ok() {} };
+            tokio::select! {
+                biased;
+                kills = cgroup.kills_after(seen) => Ok(kills?),
+                () = gone => Err(TaskError::NotFound { what: "container", id }),
+            }
+        }
     }
 
     /// Signals every process.

@@ -347,6 +347,12 @@ impl Tasks {
         Ok(())
     }
 
+    /// Waits until memory has run out for a container more often than `seen`; answers how often.
+    pub(crate) async fn kills_after(&self, id: &str, seen: u64) -> Result<u64, TaskError> {
+        let waiting = self.container(id)?.kills_after(seen);
+        waiting.await
+    }
+
     /// Kills everything, for the end of the guest.
     pub(crate) async fn kill_everything(&self) -> Result<(), TaskError> {
         Ok(self.machinery.hierarchy.kill_all().await?)
