@@ -8,6 +8,8 @@ mod apparmor;
 mod cgroup;
 mod container;
 mod error;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 mod guest;
 mod reaper;
 mod server;
