@@ -57,7 +57,7 @@ fn containerds_profile() -> Value {
     serde_json::from_str(CONTAINERDS).unwrap_or_default()
 }
 
-fn expect(
+fn prints(
     guest: &mut Guest,
     spec: impl FnOnce(Spec) -> Spec,
     script: &str,
@@ -89,7 +89,7 @@ fn containerds_filter(guest: &mut Guest) -> Result<()> {
             "CapPrm:\t00000000000000{capabilities}\nNoNewPrivs:\t{}\nSeccomp:\t2\nSeccomp_filters:\t1\n1\nnot permitted\nworks\n",
             u8::from(no_new_privileges)
         );
-        expect(guest, confined, script, &text).with_context(|| format!("as {user}"))?;
+        prints(guest, confined, script, &text).with_context(|| format!("as {user}"))?;
     }
     Ok(())
 }
@@ -181,7 +181,7 @@ fn refused_filters(guest: &mut Guest) -> Result<()> {
 }
 
 fn apparmor(guest: &mut Guest) -> Result<()> {
-    expect(
+    prints(
         guest,
         |spec| spec.with("/process/apparmorProfile", json!("unconfined")),
         "cat /proc/self/attr/apparmor/current",
@@ -205,7 +205,7 @@ fn apparmor(guest: &mut Guest) -> Result<()> {
         head -c1 /proc/kcore 2>/dev/null | wc -c
         sleep 1000 & kill $!; wait $!; echo $?
         echo file > /tmp/file && cat /tmp/file && rm /tmp/file 2>/dev/null; busybox rm -f /tmp/file";
-    expect(
+    prints(
         guest,
         confined,
         script,
@@ -269,7 +269,7 @@ fn memory(guest: &mut Guest) -> Result<()> {
         Code::NOT_FOUND,
         &[&id],
     )?;
-    expect(guest, |spec| spec, "echo well", "well\n")?;
+    prints(guest, |spec| spec, "echo well", "well\n")?;
     ensure!(guest.remove(&neighbour)? == 137);
     Ok(())
 }
@@ -277,7 +277,7 @@ fn memory(guest: &mut Guest) -> Result<()> {
 /// What runc's users know of programs that are none, and of first processes that leave others behind.
 fn ends(guest: &mut Guest) -> Result<()> {
     let script = "printf 'echo no interpreter\\n' > /bin/plain; busybox chmod 755 /bin/plain";
-    expect(guest, |spec| spec, script, "")?;
+    prints(guest, |spec| spec, script, "")?;
     let id = guest.name();
     let spec = guest.spec(&id, &["/bin/plain"]);
     guest.agent.create(&id, spec.to_json(), &Stdio::default())?;
@@ -303,11 +303,11 @@ fn exhaustion(guest: &mut Guest) -> Result<()> {
     let limited = |spec: Spec| spec.with("/linux/resources", limits.clone());
     let bomb = "f() { f | f & }; f; exec sleep 1";
     guest.run(limited, bomb, b"")?;
-    expect(guest, |spec| spec, "echo well", "well\n")?;
+    prints(guest, |spec| spec, "echo well", "well\n")?;
     let fill = "dd if=/dev/zero of=/dev/shm/full bs=1M count=200 2>/dev/null; echo $?";
     let outcome = guest.run(limited, fill, b"")?;
     ensure!(outcome.text() != "0\n", "{outcome:?}");
-    expect(guest, |spec| spec, "echo well", "well\n")
+    prints(guest, |spec| spec, "echo well", "well\n")
 }
 
 /// What a container with containerd's filter may do, and then that it has little memory.
