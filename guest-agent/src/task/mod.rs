@@ -4,6 +4,7 @@
 //! know ttrpc: `service` decodes and encodes.
 
 mod container;
+mod namespaces;
 mod process;
 
 use container::Confinement;
@@ -96,6 +97,16 @@ pub(crate) enum TaskError {
         width: u32,
         /// Rows.
         height: u32,
+    },
+    /// A namespace that is not one of another container's.
+    #[error("linux.namespaces[{kind}].path {path:?} {problem}")]
+    Namespace {
+        /// Its type.
+        kind: String,
+        /// Its path.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: &'static str,
     },
     /// The request contradicts its own document.
     #[error("{0}")]
@@ -217,6 +228,8 @@ impl Tasks {
             filter: profile.as_ref().map(seccomp::compile).transpose()?,
             apparmor_profile: spec.process.apparmor_profile.clone(),
         };
+        // Held until the container's process has joined them.
+        let _shared = self.open_namespaces(&mut spec.linux.namespaces)?;
         same_terminal(request.terminal, spec.process.terminal)?;
         self.machinery
             .profiles
