@@ -23,6 +23,7 @@ use crate::{
     io::{Stdio, Streams},
     log,
     machine::Machine,
+    out_of_memory,
     pod::{self, Pod},
     pod_files,
     sandbox_api::Stage,
@@ -118,7 +119,7 @@ impl Sandbox {
                 }
                 let pid = init.pid();
                 self.events.created(&request, pid);
-                let memory = watch_memory(Arc::clone(&machine), id, self.events.clone());
+                let memory = out_of_memory::watch(Arc::clone(&machine), id, self.events.clone());
                 tokio::spawn(memory);
                 let told = watch_process(Arc::clone(&machine), init, self.events.clone());
                 tokio::spawn(async move {
@@ -407,19 +408,6 @@ pub(crate) async fn watch_process(machine: Arc<Machine>, process: Arc<Process>, 
     let exit = process.state().exit().unwrap_or(exit);
     events.exited(&process, exit).settled().await;
     process.reported();
-}
-
-/// Tells containerd each time that memory has run out for a container, until it is deleted. The next time is
-/// waited for once this one has been told, so that a guest cannot fill the queue.
-async fn watch_memory(machine: Arc<Machine>, id: String, events: Events) {
-    let mut seen = 0;
-    loop {
-        match machine.ask(machine.agent().out_of_memory(&id, seen)).await {
-            Ok(kills) if kills > seen => seen = kills,
-            _ => return,
-        }
-        events.out_of_memory(&id).settled().await;
-    }
 }
 
 async fn wait_in_guest(machine: &Machine, process: &Process) -> u32 {
