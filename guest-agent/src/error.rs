@@ -3,6 +3,7 @@
 //! containerd turns a code into its own error of that name, by which clients decide. Must not log.
 
 use crate::{
+    apparmor::AppArmorError,
     cgroup::CgroupError,
     container::refuse::SpecError,
     guest::{GuestError, network::NetworkError},
@@ -39,6 +40,7 @@ impl From<TaskError> for ttrpc::Error {
             | TaskError::Namespace { .. }
             | TaskError::Contradiction(_)
             | TaskError::Spec(_)
+            | TaskError::AppArmor(AppArmorError::Unknown { .. })
             | TaskError::Resources(_)
             | TaskError::DeviceRules(_)
             | TaskError::Stdio(StdioError::Name { .. }) => Code::INVALID_ARGUMENT,
@@ -47,6 +49,7 @@ impl From<TaskError> for ttrpc::Error {
             TaskError::Launch(launch) if launch.is_of_request() => Code::INVALID_ARGUMENT,
             TaskError::Stdio(StdioError::System { .. })
             | TaskError::Launch(_)
+            | TaskError::AppArmor(AppArmorError::System { .. })
             | TaskError::Cgroup(_)
             | TaskError::System { .. } => Code::INTERNAL,
         };

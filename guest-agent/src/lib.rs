@@ -5,9 +5,12 @@
 //! `stdio` connects them, `storage` mounts their disks, `reaper` sees them end; `pause` holds a Pod's
 //! namespaces. Must not trust a container.
 
+mod apparmor;
 mod cgroup;
 mod container;
 mod error;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 mod guest;
 mod pause;
 mod reaper;

@@ -77,6 +77,7 @@ where
     let tasks = Arc::new(Tasks::new(Machinery {
         program: config.program.clone(),
         hierarchy: Hierarchy::prepare(&config.cgroup_root)?,
+        profiles: Arc::default(),
         reaper: Reaper::start().map_err(ServeError::Reaper)?,
         streams: streams.clone(),
     }));

@@ -236,6 +236,18 @@ impl guest_ttrpc::Guest for GuestService {
         })
     }
 
+    async fn wait_out_of_memory(
+        &self,
+        _: &TtrpcContext,
+        r: guest_api::WaitOutOfMemoryRequest,
+    ) -> Result<guest_api::WaitOutOfMemoryResponse> {
+        let kills = self.tasks.kills_after(&r.container_id, r.seen).await?;
+        Ok(guest_api::WaitOutOfMemoryResponse {
+            kills,
+            ..Default::default()
+        })
+    }
+
     async fn remove_storage(
         &self,
         _: &TtrpcContext,

@@ -3,9 +3,10 @@
 //! The only file of the agent with unsafe code. Must not hold policy.
 #![allow(
     unsafe_code,
-    reason = "clone3, close_range, BLKPG, mount_setattr, sched_setattr, ioprio_set, bpf, signal and kill by number have no safe wrapper"
+    reason = "clone3, close_range, BLKPG, mount_setattr, sched_setattr, ioprio_set, bpf, seccomp, signal and kill by number have no safe wrapper"
 )]
 
+use crate::container::seccomp::Instruction;
 use std::{
     io,
     mem::size_of,
@@ -386,6 +387,36 @@ pub(crate) fn local_cid() -> io::Result<u32> {
     let result = unsafe { libc::ioctl(device.as_raw_fd(), GET_LOCAL_CID, &raw mut cid) };
     if result == 0 {
         return Ok(cid);
+    }
+    Err(io::Error::last_os_error())
+}
+
+/// Installs a filter of system calls for the calling thread, for ever; `flags` are those of seccomp(2).
+pub(crate) fn install_filter(flags: libc::c_ulong, program: &[Instruction]) -> io::Result<()> {
+    let mut program: Vec<_> = program
+        .iter()
+        .map(|instruction| libc::sock_filter {
+            code: instruction.code,
+            jt: instruction.if_true,
+            jf: instruction.if_false,
+            k: instruction.value,
+        })
+        .collect();
+    let described = libc::sock_fprog {
+        len: u16::try_from(program.len()).map_err(io::Error::other)?,
+        filter: program.as_mut_ptr(),
+    };
+    // SAFETY: the kernel copies `len` instructions from `filter`, which outlives the call.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_seccomp,
+            libc::SECCOMP_SET_MODE_FILTER,
+            flags,
+            &raw const described,
+        )
+    };
+    if result == 0 {
+        return Ok(());
     }
     Err(io::Error::last_os_error())
 }

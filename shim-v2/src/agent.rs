@@ -281,6 +281,21 @@ impl Agent {
             .map_err(|error| refused("Wait", error))
     }
 
+    /// Waits, as long as the VM lives and the container is there, until memory has run out for it more often
+    /// than `seen`; answers how often.
+    pub(crate) async fn out_of_memory(&self, id: &str, seen: u64) -> Result<u64, AgentError> {
+        let request = guest::WaitOutOfMemoryRequest {
+            container_id: id.to_owned(),
+            seen,
+            ..Default::default()
+        };
+        let answer = self.guest.wait_out_of_memory(Context::default(), &request);
+        answer
+            .await
+            .map(|answer| answer.kills)
+            .map_err(|error| refused("WaitOutOfMemory", error))
+    }
+
     /// Forwards a request to signal a process.
     pub(crate) async fn kill(&self, request: &api::KillRequest) -> Result<(), AgentError> {
         call("Kill", CALL_DEADLINE, |context| {

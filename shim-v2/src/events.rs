@@ -9,8 +9,8 @@ use crate::container::{Exit, Process};
 use containerd_shim_protos::{
     api::{CreateTaskRequest, ForwardRequest},
     events::task::{
-        TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskPaused,
-        TaskResumed, TaskStart,
+        TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskOOM,
+        TaskPaused, TaskResumed, TaskStart,
     },
     shim::event::Envelope,
     shim_async::EventsClient,
@@ -178,6 +178,19 @@ impl Events {
             "containerd.events.TaskResumed",
             &event,
         );
+    }
+
+    /// Memory ran out for a container.
+    pub(crate) fn out_of_memory(&self, container_id: &str) -> Delivery {
+        let event = TaskOOM {
+            container_id: container_id.to_owned(),
+            ..TaskOOM::default()
+        };
+        self.publish(
+            topics::TASK_OOM_EVENT_TOPIC,
+            "containerd.events.TaskOOM",
+            &event,
+        )
     }
 
     /// A process has ended.

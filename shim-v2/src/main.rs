@@ -24,6 +24,7 @@ mod log;
 mod machine;
 mod mounts;
 mod network;
+mod out_of_memory;
 mod pod;
 mod pod_config;
 mod pod_files;

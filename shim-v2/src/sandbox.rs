@@ -24,6 +24,7 @@ use crate::{
     io::{Stdio, Streams},
     log,
     machine::Machine,
+    out_of_memory,
     pod::{self, Pod},
     pod_files,
     sandbox_api::Stage,
@@ -122,6 +123,8 @@ impl Sandbox {
                 }
                 let pid = init.pid();
                 self.events.created(&request, pid);
+                let memory = out_of_memory::watch(Arc::clone(&machine), id, self.events.clone());
+                tokio::spawn(memory);
                 let told = watch_process(Arc::clone(&machine), init, self.events.clone());
                 tokio::spawn(async move {
                     told.await;

@@ -16,7 +16,7 @@ use std::{
 use walnut_agent_api::{
     AGENT_PORT, SPEC_TYPE_URL, STDIO_PORT, STREAM_ACCEPTED, StreamId,
     containerd::{api::CreateTaskRequest, ttrpc},
-    guest::{SetupRequest, SetupResponse, ShutdownRequest},
+    guest::{SetupRequest, SetupResponse, ShutdownRequest, WaitOutOfMemoryRequest},
     guest_ttrpc::GuestClient,
 };
 use walnut_vmm_api::{MAX_HANDSHAKE_BYTES, connect_line, parse_ok};
@@ -67,6 +67,20 @@ impl Agent {
                 GuestClient::new(client).shutdown(context, &request).await
             })
             .map(drop)
+    }
+
+    /// `Guest.WaitOutOfMemory`.
+    pub fn out_of_memory(&self, id: &str, seen: u64) -> ttrpc::Result<u64> {
+        let request = WaitOutOfMemoryRequest {
+            container_id: id.to_owned(),
+            seen,
+            ..Default::default()
+        };
+        let answer = self.tasks.call(|client, context| async move {
+            let guest = GuestClient::new(client);
+            guest.wait_out_of_memory(context, &request).await
+        });
+        answer.map(|answer| answer.kills)
     }
 
     /// Creates a container from a configuration.

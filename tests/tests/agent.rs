@@ -285,21 +285,11 @@ fn terminal(guest: &mut Guest) -> Result<()> {
 }
 
 fn unsupported(guest: &mut Guest) -> Result<()> {
-    let cases: [(&str, Value, &str); 6] = [
-        (
-            "/linux/seccomp",
-            json!({ "defaultAction": "SCMP_ACT_ALLOW" }),
-            "linux.seccomp",
-        ),
+    let cases: [(&str, Value, &str); 4] = [
         (
             "/hooks",
             json!({ "prestart": [{ "path": "/bin/true" }] }),
             "hooks.prestart",
-        ),
-        (
-            "/process/apparmorProfile",
-            json!("strict"),
-            "process.apparmorProfile",
         ),
         (
             "/process/selinuxLabel",

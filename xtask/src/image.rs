@@ -6,6 +6,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
+use walnut_guest_image::apparmor;
 use walnut_guest_image::cache::Origin;
 use walnut_guest_image::initramfs;
 use walnut_guest_image::kernel::{self, Stage};
@@ -36,7 +37,8 @@ pub(crate) fn kernel(project: &Project, progress: Progress) -> Result<()> {
 /// Packs the agent, unless that is cached.
 pub(crate) fn initramfs(project: &Project, agent: &Path, progress: Progress) -> Result<()> {
     let begun = Instant::now();
-    let (path, origin) = initramfs::build(&project.cache, agent)?;
+    let policies = apparmor::compile(&project.root.join("guest-image/apparmor"))?;
+    let (path, origin) = initramfs::build(&project.cache, agent, &policies)?;
     publish(project, &path, "initramfs.cpio")?;
     report("initramfs", &path, origin, begun, progress)
 }

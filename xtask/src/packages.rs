@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
-use walnut_guest_image::kernel;
+use walnut_guest_image::{apparmor, kernel};
 
 use crate::debian::{self, Source};
 use crate::lab::qemu;
@@ -14,8 +14,9 @@ use crate::progress::Progress;
 use crate::project::Project;
 
 /// What builds the kernel, the images and the node.
-const PACKAGES: [&str; 15] = [
+const PACKAGES: [&str; 16] = [
     kernel::SOURCE_PACKAGE,
+    apparmor::PACKAGE,
     "bc",
     "binutils",
     "bison",

@@ -64,7 +64,7 @@ pub const MOUNT_OPTIONS: &[&str] = &[
 pub const NAMESPACES: &[&str] = &["cgroup", "ipc", "mount", "pid", "time", "user", "uts"];
 
 /// `linux.seccomp.enabled`.
-pub const SECCOMP: bool = false;
+pub const SECCOMP: bool = true;
 
 /// `linux.apparmor.enabled`.
-pub const APPARMOR: bool = false;
+pub const APPARMOR: bool = true;

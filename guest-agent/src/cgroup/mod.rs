@@ -24,6 +24,9 @@ use tokio::{io::Interest, time::timeout};
 
 /// Directory of all containers' cgroups, below the root of the hierarchy.
 const CONTAINERS: &str = "walnut";
+/// Memory that containers never get: a share of it all, within these bounds, is for the kernel and the agent.
+const RESERVED_BYTES: std::ops::RangeInclusive<u64> = 16 << 20..=64 << 20;
+const RESERVED_SHARE: u64 = 16;
 /// For the processes of a container to be gone after SIGKILL.
 const EMPTY_DEADLINE: Duration = Duration::from_secs(30);
 
@@ -92,7 +95,27 @@ impl Hierarchy {
     pub(crate) fn create(&self, id: &str) -> Result<Cgroup, CgroupError> {
         let path = self.0.join(id);
         make(&path)?;
+        // Each time anew, as memory may have been added since.
+        self.reserve()?;
         Ok(Cgroup { path })
+    }
+
+    /// Keeps all containers together below what the guest has, so that memory runs out for one of them, by
+    /// whose process the kernel then makes room, before it runs out for the agent.
+    fn reserve(&self) -> Result<(), CgroupError> {
+        let file = "memory.max";
+        // Without the controller there is nothing to hold anybody to.
+        if !self.0.join(file).exists() {
+            return Ok(());
+        }
+        let text = fs::read_to_string("/proc/meminfo").map_err(|source| CgroupError::Read {
+            file: "/proc/meminfo",
+            source,
+        })?;
+        match for_containers(&text) {
+            Some(bytes) => write(&self.0, file, &bytes.to_string()),
+            None => Ok(()),
+        }
     }
 
     /// Kills every process of every container, and waits until they are gone.
@@ -105,8 +128,19 @@ impl Hierarchy {
     }
 }
 
+/// What is left of the memory that `/proc/meminfo` tells of.
+fn for_containers(meminfo: &str) -> Option<u64> {
+    let total = meminfo
+        .lines()
+        .find_map(|line| line.strip_prefix("MemTotal:"))?;
+    let kib: u64 = total.trim().strip_suffix(" kB")?.parse().ok()?;
+    let bytes = kib.checked_mul(1024)?;
+    let (least, most) = RESERVED_BYTES.into_inner();
+    bytes.checked_sub((bytes / RESERVED_SHARE).clamp(least, most))
+}
+
 /// The cgroup of one container.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Cgroup {
     path: PathBuf,
 }
@@ -193,34 +227,60 @@ impl Cgroup {
         })
     }
 
+    /// Waits until the kernel has killed more processes than `seen` for want of memory; answers how many.
+    pub(crate) async fn kills_after(&self, seen: u64) -> Result<u64, CgroupError> {
+        self.follow("memory.events", |text| {
+            let kills = text
+                .lines()
+                .find_map(|line| line.strip_prefix("oom_kill "))?;
+            kills.parse().ok().filter(|kills| *kills > seen)
+        })
+        .await
+    }
+
     /// Waits until `cgroup.events` says `value` of `key`.
     async fn event(&self, key: &str, value: bool) -> Result<(), CgroupError> {
         let wanted = format!("{key} {}", u8::from(value));
-        let failed = |source| CgroupError::Read {
-            file: "cgroup.events",
-            source,
-        };
-        let path = self.path.join("cgroup.events");
-        // epoll(7): a change of a cgroup file is an exceptional condition.
-        let file = fs::File::open(&path)
-            .and_then(|file| syscall::register(file.into(), Interest::PRIORITY))
-            .map_err(failed)?;
-        let reached = async {
-            loop {
-                let text = fs::read_to_string(&path).map_err(failed)?;
-                if text.lines().any(|line| line == wanted) {
-                    return Ok(());
-                }
-                // Consumes the event only if the next reading sees what it announced.
-                file.ready(Interest::PRIORITY)
-                    .await
-                    .map_err(failed)?
-                    .clear_ready();
-            }
-        };
+        let reached = self.follow("cgroup.events", |text| {
+            text.lines().any(|line| line == wanted).then_some(())
+        });
         timeout(EMPTY_DEADLINE, reached)
             .await
             .unwrap_or_else(|_| Err(CgroupError::NotEmpty(self.path.clone())))
+    }
+
+    /// Reads a file at each of its changes until `found` finds something in it.
+    async fn follow<T>(
+        &self,
+        file: &'static str,
+        found: impl Fn(&str) -> Option<T>,
+    ) -> Result<T, CgroupError> {
+        let failed = |source| CgroupError::Read { file, source };
+        let path = self.path.join(file);
+        // epoll(7): a change of a cgroup file is an exceptional condition.
+        let changes = fs::File::open(&path)
+            .and_then(|file| syscall::register(file.into(), Interest::PRIORITY))
+            .map_err(failed)?;
+        loop {
+            let text = fs::read_to_string(&path).map_err(failed)?;
+            if let Some(found) = found(&text) {
+                return Ok(found);
+            }
+            // Consumes the event only if the next reading sees what it announced.
+            changes
+                .ready(Interest::PRIORITY)
+                .await
+                .map_err(failed)?
+                .clear_ready();
+        }
+    }
+
+    /// Names of its files.
+    pub(crate) fn files(&self) -> Vec<String> {
+        let entries = fs::read_dir(&self.path).into_iter().flatten().flatten();
+        entries
+            .filter_map(|entry| entry.file_name().into_string().ok())
+            .collect()
     }
 
     /// Reads one file of it; one that this kernel does not have is `None`.
@@ -316,5 +376,15 @@ mod tests {
         for limit in [4096, -1, 0] {
             cgroup.check_memory(limit).unwrap();
         }
+    }
+
+    #[test]
+    fn some_memory_is_never_the_containers() {
+        let left = |kib: u64| for_containers(&format!("MemTotal:  {kib} kB\nMemFree: 1 kB\n"));
+        assert_eq!(left(128 << 10), Some(112 << 20));
+        assert_eq!(left(512 << 10), Some(480 << 20));
+        assert_eq!(left(8 << 20), Some((8 << 30) - (64 << 20)));
+        assert_eq!(left(1), None);
+        assert_eq!(for_containers("MemFree: 1 kB\n"), None);
     }
 }

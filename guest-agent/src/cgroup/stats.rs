@@ -5,7 +5,8 @@
 use super::Cgroup;
 use std::collections::HashMap;
 use walnut_agent_api::containerd::cgroups_v2::metrics::{
-    CPUStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, PidsStat,
+    CPUStat, HugeTlbStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, PSIData, PSIStats,
+    PidsStat,
 };
 
 /// containerd's type URL for [`Metrics`].
@@ -13,8 +14,8 @@ pub(crate) const METRICS_TYPE_URL: &str = "io.containerd.cgroups.v2.Metrics";
 
 /// Reads everything that there is to know.
 pub(crate) fn metrics(cgroup: &Cgroup) -> Metrics {
-    let read = |file| cgroup.read(file).unwrap_or_default();
-    let number = |file| number(&read(file));
+    let read = |file: &str| cgroup.read(file).unwrap_or_default();
+    let number = |file: &str| number(&read(file));
     let mut metrics = Metrics::new();
     metrics.pids = Some(PidsStat {
         current: number("pids.current"),
@@ -22,7 +23,9 @@ pub(crate) fn metrics(cgroup: &Cgroup) -> Metrics {
         ..PidsStat::default()
     })
     .into();
-    metrics.cpu = Some(cpu(&table(&read("cpu.stat")))).into();
+    let mut cpu = cpu(&table(&read("cpu.stat")));
+    cpu.psi = pressure(&read("cpu.pressure")).into();
+    metrics.cpu = Some(cpu).into();
     let mut memory = memory(&table(&read("memory.stat")));
     memory.usage = number("memory.current");
     memory.usage_limit = number("memory.max");
@@ -30,13 +33,31 @@ pub(crate) fn metrics(cgroup: &Cgroup) -> Metrics {
     memory.swap_usage = number("memory.swap.current");
     memory.swap_limit = number("memory.swap.max");
     memory.swap_max_usage = number("memory.swap.peak");
+    memory.psi = pressure(&read("memory.pressure")).into();
     metrics.memory = Some(memory).into();
     metrics.memory_events = Some(events(&table(&read("memory.events")))).into();
     metrics.io = Some(IOStat {
         usage: read("io.stat").lines().filter_map(io_entry).collect(),
+        psi: pressure(&read("io.pressure")).into(),
         ..IOStat::default()
     })
     .into();
+    metrics.hugetlb = cgroup
+        .files()
+        .iter()
+        .filter_map(|file| file.strip_prefix("hugetlb.")?.strip_suffix(".current"))
+        .filter(|size| !size.contains('.'))
+        .map(|size| HugeTlbStat {
+            current: number(&format!("hugetlb.{size}.current")),
+            max: number(&format!("hugetlb.{size}.max")),
+            pagesize: size.to_owned(),
+            failcnt: table(&read(&format!("hugetlb.{size}.events")))
+                .get("max")
+                .copied()
+                .unwrap_or_default(),
+            ..HugeTlbStat::default()
+        })
+        .collect();
     metrics
 }
 
@@ -76,7 +97,9 @@ fn cpu(table: &Table<'_>) -> CPUStat {
 }
 
 fn memory(table: &Table<'_>) -> MemoryStat {
-    let get = |key| table.get(key).copied().unwrap_or_default();
+    let get = |key: &str| table.get(key).copied().unwrap_or_default();
+    // Kernels count the two kinds apart since 5.9.
+    let both = |key| get(&format!("{key}_anon")) + get(&format!("{key}_file"));
     MemoryStat {
         anon: get("anon"),
         file: get("file"),
@@ -97,6 +120,9 @@ fn memory(table: &Table<'_>) -> MemoryStat {
         slab_unreclaimable: get("slab_unreclaimable"),
         pgfault: get("pgfault"),
         pgmajfault: get("pgmajfault"),
+        workingset_refault: both("workingset_refault"),
+        workingset_activate: both("workingset_activate"),
+        workingset_nodereclaim: get("workingset_nodereclaim"),
         pgrefill: get("pgrefill"),
         pgscan: get("pgscan"),
         pgsteal: get("pgsteal"),
@@ -121,6 +147,33 @@ fn events(table: &Table<'_>) -> MemoryEvents {
         oom_group_kill: get("oom_group_kill"),
         ..MemoryEvents::default()
     }
+}
+
+/// `some avg10=0.00 avg60=0.00 avg300=0.00 total=0`, and the same of `full`.
+fn pressure(text: &str) -> Option<PSIStats> {
+    let of = |kind: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(kind))?;
+        let mut data = PSIData::default();
+        for (key, value) in line
+            .split_ascii_whitespace()
+            .filter_map(|word| word.split_once('='))
+        {
+            match key {
+                "avg10" => data.avg10 = value.parse().ok()?,
+                "avg60" => data.avg60 = value.parse().ok()?,
+                "avg300" => data.avg300 = value.parse().ok()?,
+                "total" => data.total = value.parse().ok()?,
+                _ => {}
+            }
+        }
+        Some(data)
+    };
+    let some = of("some ")?;
+    Some(PSIStats {
+        some: Some(some).into(),
+        full: of("full ").into(),
+        ..PSIStats::default()
+    })
 }
 
 /// `8:0 rbytes=1 wbytes=2 rios=3 wios=4 …`
@@ -160,5 +213,12 @@ mod tests {
         let entry = io_entry("254:0 rbytes=5 wbytes=6 rios=7 wios=8 dbytes=9").unwrap();
         assert_eq!((entry.major, entry.rbytes, entry.wios), (254, 5, 8));
         assert!(io_entry("").is_none());
+        let text = "some avg10=1.50 avg60=0.00 avg300=0.25 total=77\nfull avg10=0.00 total=5\n";
+        let pressure = pressure(text).unwrap();
+        assert_eq!((pressure.some.avg10, pressure.some.avg300), (1.5, 0.25));
+        assert_eq!((pressure.some.total, pressure.full.total), (77, 5));
+        assert!(super::pressure("").is_none());
+        let stat = table("workingset_refault_anon 2\nworkingset_refault_file 3\n");
+        assert_eq!(memory(&stat).workingset_refault, 5);
     }
 }

@@ -1,14 +1,16 @@
 //! Who a process is: user, groups, capabilities, limits.
 //!
 //! capabilities(7), "Effect of user ID changes on capabilities", sets the order: the bounding set falls
-//! while CAP_SETPCAP is there, the user changes with the capabilities kept, then each set is as named.
+//! while CAP_SETPCAP is there, the user changes with the capabilities kept, then each set is as named. What
+//! the security modules hold the process to belongs here too.
 
 use super::{
     SetupError,
+    seccomp::Filter,
     spec::{Capabilities, Process, Rlimit},
 };
 use rustix::{
-    fs::{Gid, Mode, Uid, fchown, fstat, makedev},
+    fs::{Gid, Mode, OFlags, Uid, fchown, fstat, makedev, openat},
     io::Errno,
     process::{Resource, Rlimit as Limit, getrlimit, prlimit, setrlimit},
     stdio,
@@ -18,13 +20,17 @@ use rustix::{
         set_keep_capabilities, set_thread_groups, set_thread_res_gid, set_thread_res_uid,
     },
 };
-use std::{io::Write, os::fd::BorrowedFd};
+use std::{fs::File, io::Write, os::fd::BorrowedFd};
 
 /// Soft limit of open files, as the kernel gives it to its first process.
 const USUAL_FILES: u64 = 1024;
 
-/// Everything that takes privilege away, in the order that needs it.
-pub(super) fn assume(process: &Process) -> Result<(), SetupError> {
+/// What installing a filter needs without no-new-privileges.
+const TO_FILTER: CapabilitySet = CapabilitySet::SYS_ADMIN;
+
+/// Everything that takes privilege away, in the order that needs it. With `filtered`, [`install_filter`]
+/// follows, and what that needs can be had back until then.
+pub(super) fn assume(process: &Process, filtered: bool) -> Result<(), SetupError> {
     let sets = Sets::from(&process.capabilities);
     drop_bounding(sets.bounding)?;
     let uid = process.user.uid;
@@ -32,16 +38,39 @@ pub(super) fn assume(process: &Process) -> Result<(), SetupError> {
         give_stream(stream, uid)?;
     }
     set_user(process)?;
-    set_capabilities(
-        None,
-        CapabilitySets {
-            effective: sets.effective,
-            permitted: sets.permitted,
-            inheritable: sets.inheritable,
-        },
-    )
-    .map_err(SetupError::named("cannot set process.capabilities"))?;
+    let none = CapabilitySet::empty();
+    let kept = filtered && !process.no_new_privileges;
+    sets.apply(none, if kept { TO_FILTER } else { none })?;
     set_ambient(sets.ambient)
+}
+
+/// Puts the process under its filter, as late as can be: after it, capset(2) without no-new-privileges and
+/// execve(2) are all that is called, so that a profile need not allow what only the set-up does.
+pub(super) fn install_filter(filter: &Filter, process: &Process) -> Result<(), SetupError> {
+    let install = || {
+        let attempted = SetupError::step("cannot install the filter of linux.seccomp");
+        filter.install().map_err(attempted)
+    };
+    if process.no_new_privileges {
+        return install();
+    }
+    let sets = Sets::from(&process.capabilities);
+    sets.apply(TO_FILTER, TO_FILTER)?;
+    install()?;
+    sets.apply(CapabilitySet::empty(), CapabilitySet::empty())
+}
+
+/// Has AppArmor hold whatever this process executes next to a profile.
+pub(super) fn confine_from_exec(procfs: BorrowedFd<'_>, profile: &str) -> Result<(), SetupError> {
+    let flags = OFlags::WRONLY | OFlags::CLOEXEC;
+    // The kernel takes the command by one write alone.
+    let command = format!("exec {profile}");
+    openat(procfs, "self/attr/apparmor/exec", flags, Mode::empty())
+        .map_err(std::io::Error::from)
+        .and_then(|file| File::from(file).write_all(command.as_bytes()))
+        .map_err(SetupError::named(format!(
+            "cannot apply process.apparmorProfile {profile:?}"
+        )))
 }
 
 /// The agent holds many files; a program that was given no limit finds the usual one, which it may raise.
@@ -130,6 +159,18 @@ fn set_of(names: &[String]) -> CapabilitySet {
         .iter()
         .filter_map(|name| CapabilitySet::from_name(name.strip_prefix("CAP_")?))
         .collect()
+}
+
+impl Sets {
+    /// Sets all but the ambient and the bounding one, with some more capabilities.
+    fn apply(&self, effective: CapabilitySet, permitted: CapabilitySet) -> Result<(), SetupError> {
+        let sets = CapabilitySets {
+            effective: self.effective | effective,
+            permitted: self.permitted | permitted,
+            inheritable: self.inheritable,
+        };
+        set_capabilities(None, sets).map_err(SetupError::named("cannot set process.capabilities"))
+    }
 }
 
 fn each() -> impl Iterator<Item = CapabilitySet> {

@@ -9,15 +9,20 @@ use super::{
     OsError, SetupError, hooks, identity,
     program::{self, Program},
     rootfs, schedule,
+    seccomp::Filter,
     sources::{self, Sources},
     spec::{Domain, Inherited, NamespaceKind, Process, Spec},
     terminal, user_namespace,
     validate::host_id,
     wire::{self, Blame, Failure, GO, Identity, Job, JobFds, Report},
 };
-use crate::syscall::{self, Side, SingleThread};
+use crate::{
+    apparmor,
+    syscall::{self, Side, SingleThread},
+};
 use nix::sched::{CloneFlags, setns, unshare};
 use rustix::{
+    fs::{CWD, Mode, OFlags, openat},
     io::Errno,
     net::{AddressFamily, SocketFlags, SocketType, socketpair},
 };
@@ -53,7 +58,7 @@ pub(crate) fn run() -> ExitCode {
     };
     let result = wire::receive_job(&socket)
         .map_err(SetupError::step("cannot receive a job"))
-        .and_then(|(job, fds)| first_stage(&socket, &job, fds));
+        .and_then(|(job, filter, fds)| first_stage(&socket, &job, filter.as_ref(), fds));
     let Err(error) = result else {
         return ExitCode::SUCCESS;
     };
@@ -77,7 +82,12 @@ fn describe(error: &SetupError) -> Failure {
     wire::failure(blame, &message)
 }
 
-fn first_stage(socket: &OwnedFd, job: &Job, fds: JobFds) -> Result<(), SetupError> {
+fn first_stage(
+    socket: &OwnedFd,
+    job: &Job,
+    filter: Option<&Filter>,
+    fds: JobFds,
+) -> Result<(), SetupError> {
     // Processes of the container must not look into this one while it still is the agent's program.
     let alone = SingleThread::check().map_err(SetupError::step("cannot fork"))?;
     nix::sys::prctl::set_dumpable(false).map_err(SetupError::step("cannot become undumpable"))?;
@@ -85,6 +95,7 @@ fn first_stage(socket: &OwnedFd, job: &Job, fds: JobFds) -> Result<(), SetupErro
     identity::set_usual_limits()?;
     identity::set_oom_score(process.oom_score_adj)?;
     give_stdio(job, &fds)?;
+    let procfs = open_procfs(process)?;
     let (flags, sources) = match job {
         Job::Create(spec, _) => {
             rootfs::write_network_sysctls(spec)?;
@@ -118,7 +129,7 @@ fn first_stage(socket: &OwnedFd, job: &Job, fds: JobFds) -> Result<(), SetupErro
             drop(privileged);
             wait_for_go(&waits);
             drop(waits);
-            second_stage(socket, job, fds, sources)
+            second_stage(socket, job, filter, procfs, fds, sources)
         }
     }
 }
@@ -183,6 +194,17 @@ fn flag(kind: NamespaceKind) -> CloneFlags {
     }
 }
 
+/// The agent's `/proc`, if a profile of AppArmor is to be told to it: the container's may be anything.
+fn open_procfs(process: &Process) -> Result<Option<OwnedFd>, SetupError> {
+    if !apparmor::confines(&process.apparmor_profile) {
+        return Ok(None);
+    }
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    openat(CWD, "/proc", flags, Mode::empty())
+        .map(Some)
+        .map_err(SetupError::step("cannot open /proc"))
+}
+
 /// Joins the namespaces that have a path, but for users, and answers the ones to make.
 fn new_namespaces(spec: &Spec) -> Result<CloneFlags, SetupError> {
     join_by_path(spec, |kind| kind != NamespaceKind::User)?;
@@ -242,10 +264,15 @@ fn join(container: &Option<OwnedFd>, flags: CloneFlags) -> Result<(), SetupError
 fn second_stage(
     socket: &OwnedFd,
     job: &Job,
+    filter: Option<&Filter>,
+    procfs: Option<OwnedFd>,
     fds: JobFds,
     sources: Option<Sources>,
 ) -> Result<(), SetupError> {
     rustix::process::setsid().map_err(SetupError::step("cannot start a session"))?;
+    if let Some(procfs) = procfs {
+        identity::confine_from_exec(procfs.as_fd(), &job.process().apparmor_profile)?;
+    }
     let inherited = match (job, sources) {
         (Job::Create(spec, identity), Some(sources)) => {
             enter_container(spec, identity, sources)?;
@@ -266,7 +293,7 @@ fn second_stage(
     let process = job.process();
     let terminal = connect_stdio(job, process, fds)?;
     set_personality(&inherited)?;
-    let program = become_user(process)?;
+    let program = become_user(process, filter.is_some())?;
     wire::send_report(socket, &Report::Ready, terminal.as_ref().map(AsFd::as_fd))
         .map_err(SetupError::step("cannot report that all is ready"))?;
     drop(terminal);
@@ -274,6 +301,9 @@ fn second_stage(
     if let Job::Create(spec, identity) = job {
         let hooks = &spec.hooks.start_container;
         hooks::run("startContainer", hooks, spec, identity, "created")?;
+    }
+    if let Some(filter) = filter {
+        identity::install_filter(filter, process)?;
     }
     Err(program.execute())
 }
@@ -326,12 +356,12 @@ fn connect_stdio(job: &Job, process: &Process, fds: JobFds) -> Result<Option<Own
 }
 
 /// Becomes who the process is to be, where it is to be, and finds its program there.
-fn become_user(process: &Process) -> Result<Program, SetupError> {
+fn become_user(process: &Process, filtered: bool) -> Result<Program, SetupError> {
     let go = || rustix::process::chdir(&process.cwd);
     // The directory may be open to the user alone, or to root alone.
     let before = go();
     identity::set_limits(&process.rlimits)?;
-    identity::assume(process)?;
+    identity::assume(process, filtered)?;
     before
         .or_else(|_: Errno| go())
         .map_err(SetupError::named(format!(

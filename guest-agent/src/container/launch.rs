@@ -2,7 +2,10 @@
 //!
 //! The agent's side of `wire`. Every wait has a deadline. Must not know what is set up.
 
-use super::wire::{self, Blame, Failure, GO, Job, JobFds, Report};
+use super::{
+    seccomp::Filter,
+    wire::{self, Blame, Failure, GO, Job, JobFds, Report},
+};
 use crate::{
     reaper::{ExitWatch, Launching, Reaper},
     syscall,
@@ -101,11 +104,12 @@ pub(crate) async fn launch(
     program: &Path,
     reaper: &Reaper,
     job: &Job,
+    filter: Option<&Filter>,
     fds: JobFds,
 ) -> Result<Launched, LaunchError> {
     let launching = reaper.launching();
     let socket = spawn(program)?;
-    wire::send_job(socket.get_ref(), job, &fds)
+    wire::send_job(socket.get_ref(), job, filter, &fds)
         .map_err(LaunchError::system("send a container's process its job"))?;
     // The container's side of the pipes must not stay open here.
     drop(fds);

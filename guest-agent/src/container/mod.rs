@@ -18,6 +18,7 @@ pub(crate) mod refuse;
 mod resolve;
 mod rootfs;
 mod schedule;
+pub(crate) mod seccomp;
 mod sources;
 pub(crate) mod spec;
 mod terminal;

@@ -26,7 +26,6 @@ const UNSUPPORTED: &[Unsupported] = &[
         "vm",
         "the runtime's own configuration chooses kernel and hypervisor",
     ),
-    ("linux.seccomp", "it will be"),
     ("linux.mountLabel", NO_SELINUX),
     (
         "linux.intelRdt",
@@ -44,10 +43,7 @@ const UNSUPPORTED: &[Unsupported] = &[
 ];
 
 /// The same of `process`, and of the process of an exec.
-const UNSUPPORTED_OF_PROCESS: &[Unsupported] = &[
-    ("apparmorProfile", "it will be"),
-    ("selinuxLabel", NO_SELINUX),
-];
+const UNSUPPORTED_OF_PROCESS: &[Unsupported] = &[("selinuxLabel", NO_SELINUX)];
 
 /// The same of `linux.resources`, and of an update.
 const UNSUPPORTED_OF_RESOURCES: &[Unsupported] = &[

@@ -3,6 +3,7 @@
 //! Every field here is applied by somebody; what is not here is either refused by name (`refuse`) or
 //! has no meaning on Linux. Numbers keep the specification's own ranges. Must not do I/O.
 
+use super::seccomp::profile::Profile;
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, path::PathBuf};
 
@@ -121,6 +122,7 @@ pub(crate) struct Process {
     pub(crate) io_priority: Option<IoPriority>,
     #[serde(rename = "execCPUAffinity")]
     pub(crate) exec_cpu_affinity: CpuAffinity,
+    pub(crate) apparmor_profile: String,
 }
 
 /// `process.scheduler`, see sched_setattr(2); times are in nanoseconds.
@@ -203,6 +205,7 @@ pub(crate) struct Linux {
     pub(crate) resources: Resources,
     pub(crate) namespaces: Vec<Namespace>,
     pub(crate) devices: Vec<Device>,
+    pub(crate) seccomp: Option<Profile>,
     pub(crate) rootfs_propagation: String,
     pub(crate) masked_paths: Vec<PathBuf>,
     pub(crate) readonly_paths: Vec<PathBuf>,

@@ -1,11 +1,14 @@
 //! What the agent and `walnut-init` say to each other over the socket that is the latter's standard input.
 //!
-//! A SOCK_SEQPACKET pair. The agent's first packet carries file descriptors: [`Job`] as JSON in an
-//! anonymous file, then those the job calls for, in the order of [`Job::fds`]. `walnut-init` answers with
+//! A SOCK_SEQPACKET pair. The agent's first packet carries file descriptors: [`Job`] and the container's
+//! filter as JSON in an anonymous file, then those the job calls for, in the order of [`Job::fds`]. `walnut-init` answers with
 //! [`Report`]s, one packet each. Then the process waits for one more packet, [`GO`], and becomes the
 //! container's program; the end of the socket is the sign that it did. Must not hold container logic.
 
-use super::spec::{Inherited, Process, Spec};
+use super::{
+    seccomp::Filter,
+    spec::{Inherited, Process, Spec},
+};
 use rustix::{
     io::Errno,
     net::{
@@ -126,10 +129,15 @@ pub(crate) struct Failure {
 }
 
 /// Sends the job; nothing has been sent on `socket` before.
-pub(crate) fn send_job(socket: impl AsFd, job: &Job, fds: &JobFds) -> io::Result<()> {
+pub(crate) fn send_job(
+    socket: impl AsFd,
+    job: &Job,
+    filter: Option<&Filter>,
+    fds: &JobFds,
+) -> io::Result<()> {
     let file = rustix::fs::memfd_create("walnut-job", rustix::fs::MemfdFlags::CLOEXEC)?;
     let mut file = std::fs::File::from(file);
-    serde_json::to_writer(io::BufWriter::new(&mut file), job)?;
+    serde_json::to_writer(io::BufWriter::new(&mut file), &(job, filter))?;
     io::Seek::rewind(&mut file)?;
     let mut all = vec![file.as_fd()];
     all.extend(fds.in_order());
@@ -137,16 +145,16 @@ pub(crate) fn send_job(socket: impl AsFd, job: &Job, fds: &JobFds) -> io::Result
 }
 
 /// Receives what [`send_job`] sent.
-pub(crate) fn receive_job(socket: impl AsFd) -> io::Result<(Job, JobFds)> {
+pub(crate) fn receive_job(socket: impl AsFd) -> io::Result<(Job, Option<Filter>, JobFds)> {
     let malformed = || io::Error::other("the job's file descriptors do not fit the job");
     let (_, mut fds) = receive(socket)?;
     if fds.is_empty() {
         return Err(malformed());
     }
     let file = std::fs::File::from(fds.remove(0));
-    let job: Job = serde_json::from_reader(io::BufReader::new(file))?;
+    let (job, filter): (Job, _) = serde_json::from_reader(io::BufReader::new(file))?;
     let fds = JobFds::from_order(&job, fds).ok_or_else(malformed)?;
-    Ok((job, fds))
+    Ok((job, filter, fds))
 }
 
 /// Sends a report, with the terminal's master side if there is one.
@@ -252,8 +260,8 @@ mod tests {
             container: None,
             stdio: Some([null(), null(), null()]),
         };
-        send_job(&agent, &job, &fds).unwrap();
-        let (received, fds) = receive_job(&init).unwrap();
+        send_job(&agent, &job, None, &fds).unwrap();
+        let (received, _, fds) = receive_job(&init).unwrap();
         assert_eq!(received.process().env, job.process().env);
         assert!(fds.stdio.is_some());
     }

@@ -6,6 +6,7 @@ use super::{Process, Status, TaskError};
 use crate::{
     cgroup::Cgroup,
     container::{
+        seccomp::Filter,
         spec::{DeviceRule, Inherited},
         wire::Identity,
     },
@@ -17,11 +18,22 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
+use tokio::sync::watch;
+
 /// Whether the container's processes may run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Freezer {
     Thawed,
     Frozen,
+}
+
+/// What a container's first process is confined by, and with it those that are added.
+#[derive(Debug)]
+pub(super) struct Confinement {
+    /// What system calls they may make.
+    pub(super) filter: Option<Filter>,
+    /// AppArmor's, if an added process names no other.
+    pub(super) apparmor_profile: String,
 }
 
 /// A container that exists, running or not.
@@ -36,9 +48,13 @@ pub(crate) struct Container {
     pub(super) inherited: Inherited,
     /// The device rules that it was made with.
     pub(super) devices: Vec<DeviceRule>,
+    /// What its processes are confined by.
+    pub(super) confinement: Confinement,
     /// By the ids of execs; the first process has the empty one.
     processes: Mutex<HashMap<String, Arc<Process>>>,
     freezer: Mutex<Freezer>,
+    /// Gone with the container.
+    alive: watch::Sender<()>,
 }
 
 impl fmt::Debug for Container {
@@ -53,6 +69,7 @@ impl Container {
         cgroup: Cgroup,
         inherited: Inherited,
         devices: Vec<DeviceRule>,
+        confinement: Confinement,
         first: Process,
     ) -> Self {
         Self {
@@ -61,8 +78,10 @@ impl Container {
             cgroup,
             inherited,
             devices,
+            confinement,
             processes: Mutex::new(HashMap::from([(String::new(), Arc::new(first))])),
             freezer: Mutex::new(Freezer::Thawed),
+            alive: watch::Sender::new(()),
         }
     }
 
@@ -141,6 +160,24 @@ impl Container {
         self.cgroup.freeze(false).await?;
         *self.freezer() = Freezer::Thawed;
         Ok(())
+    }
+
+    /// Waits until memory has run out for it more often than `seen`; answers how often. Does not keep the
+    /// container: one that has been deleted is not found.
+    pub(super) fn kills_after(
+        &self,
+        seen: u64,
+    ) -> impl Future<Output = Result<u64, TaskError>> + use<> {
+        let (cgroup, mut alive, id) =
+            (self.cgroup.clone(), self.alive.subscribe(), self.id.clone());
+        async move {
+            let gone = async move { while alive.changed().await.is_ok() {} };
+            tokio::select! {
+                biased;
+                kills = cgroup.kills_after(seen) => Ok(kills?),
+                () = gone => Err(TaskError::NotFound { what: "container", id }),
+            }
+        }
     }
 
     /// Signals every process.

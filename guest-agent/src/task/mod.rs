@@ -7,10 +7,12 @@ mod container;
 mod namespaces;
 mod process;
 
+use container::Confinement;
 pub(crate) use container::Container;
 pub(crate) use process::{Process, Status, StdioNames};
 
 use crate::{
+    apparmor::{AppArmorError, Profiles},
     cgroup::{
         CgroupError, Hierarchy,
         devices::{self, DeviceRuleError},
@@ -19,6 +21,7 @@ use crate::{
     container::{
         launch::LaunchError,
         refuse::{SpecError, parse_process, parse_resources, parse_spec},
+        seccomp,
         spec::Inherited,
         validate, validate_process,
         wire::{Identity, Job},
@@ -116,6 +119,9 @@ pub(crate) enum TaskError {
     /// The configuration is refused.
     #[error(transparent)]
     Spec(#[from] SpecError),
+    /// The profile cannot be had.
+    #[error(transparent)]
+    AppArmor(#[from] AppArmorError),
     /// The resources are refused.
     #[error(transparent)]
     Resources(#[from] ResourceError),
@@ -148,6 +154,8 @@ pub(crate) struct Machinery {
     pub(crate) program: PathBuf,
     /// Where containers' cgroups are made.
     pub(crate) hierarchy: Hierarchy,
+    /// What AppArmor's kernel side has been given.
+    pub(crate) profiles: Arc<Profiles>,
     /// Where children end.
     pub(crate) reaper: Reaper,
     /// Where the shim's streams wait.
@@ -216,9 +224,18 @@ impl Tasks {
         check_id("container", &request.id)?;
         let mut spec = parse_spec(request.spec)?;
         validate(&spec)?;
+        // Compiled once: execs live under it too.
+        let profile = spec.linux.seccomp.take();
+        let confinement = Confinement {
+            filter: profile.as_ref().map(seccomp::compile).transpose()?,
+            apparmor_profile: spec.process.apparmor_profile.clone(),
+        };
         // Held until the container's process has joined them.
         let _shared = self.open_namespaces(&mut spec.linux.namespaces)?;
         same_terminal(request.terminal, spec.process.terminal)?;
+        self.machinery
+            .profiles
+            .load(&spec.process.apparmor_profile)?;
         let settings = resources::settings(&spec.linux.resources)?;
         let device_program = devices::program(&spec.linux.resources.devices)?;
         if self.lock().contains_key(&request.id) {
@@ -235,7 +252,14 @@ impl Tasks {
         };
         let inherited = Inherited::from(&spec);
         let devices = spec.linux.resources.devices.clone();
-        let container = Container::new(identity.clone(), cgroup, inherited, devices, process);
+        let container = Container::new(
+            identity.clone(),
+            cgroup,
+            inherited,
+            devices,
+            confinement,
+            process,
+        );
         let container = Arc::new(container);
         self.lock()
             .insert(request.id.clone(), Arc::clone(&container));
@@ -266,9 +290,14 @@ impl Tasks {
             .claim(&self.machinery.streams, request.terminal)?;
         check_id("process", &request.exec_id)?;
         let container = self.container(id)?;
-        let process = parse_process(request.process)?;
+        let mut process = parse_process(request.process)?;
         validate_process(&process)?;
+        if process.apparmor_profile.is_empty() {
+            let inherited = &container.confinement.apparmor_profile;
+            process.apparmor_profile.clone_from(inherited);
+        }
         same_terminal(request.terminal, process.terminal)?;
+        self.machinery.profiles.load(&process.apparmor_profile)?;
         container.check_joinable("exec in")?;
         if container.process(&request.exec_id).is_ok() {
             return Err(TaskError::Exists {
@@ -342,6 +371,12 @@ impl Tasks {
         }
         container.cgroup.apply(&resources::settings(&resources)?)?;
         Ok(())
+    }
+
+    /// Waits until memory has run out for a container more often than `seen`; answers how often.
+    pub(crate) async fn kills_after(&self, id: &str, seen: u64) -> Result<u64, TaskError> {
+        let waiting = self.container(id)?.kills_after(seen);
+        waiting.await
     }
 
     /// Kills everything, for the end of the guest.

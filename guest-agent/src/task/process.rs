@@ -237,7 +237,14 @@ impl Process {
             },
             stdio,
         };
-        let mut launched = launch(&machinery.program, &machinery.reaper, &job, fds).await?;
+        let mut launched = launch(
+            &machinery.program,
+            &machinery.reaper,
+            &job,
+            container.confinement.filter.as_ref(),
+            fds,
+        )
+        .await?;
         if let Some(master) = launched.terminal.take() {
             let terminal = Terminal::new(master).map_err(|source| TaskError::System {
                 attempted: "use the terminal",

@@ -1,6 +1,6 @@
 //! What a container may not do, it cannot.
 
-use crate::fixture::agent;
+use crate::fixture::{agent, unique};
 use serde_json::json;
 
 #[tokio::test]
@@ -38,6 +38,33 @@ async fn privileges_cannot_be_had_back() {
         )
         .await;
     assert!(outcome.stdout.ends_with("held\n"), "{outcome:?}");
+}
+
+#[tokio::test]
+async fn a_filter_holds_every_process_of_the_container() {
+    let Some(agent) = agent().await else { return };
+    let profile = include_str!("../../src/container/testdata/seccomp-containerd.json");
+    let profile: serde_json::Value = serde_json::from_str(profile).unwrap();
+    let command = "grep Seccomp: /proc/self/status; unshare -r true 2>&1";
+    for no_new_privileges in [true, false] {
+        let outcome = agent
+            .run(command, |spec, _| {
+                spec["linux"]["seccomp"] = profile.clone();
+                spec["process"]["noNewPrivileges"] = json!(no_new_privileges);
+            })
+            .await;
+        let expected = "Seccomp:\t2\nunshare: unshare failed: Operation not permitted\n";
+        assert_eq!(outcome.stdout, expected, "{outcome:?}");
+    }
+    let id = unique("filtered");
+    let mut spec = agent.spec(&id, "exec sleep 1000");
+    spec["linux"]["seccomp"] = profile;
+    agent.create(&id, &spec, None).await.unwrap();
+    agent.start(&id, "").await.unwrap();
+    let mut process = spec["process"].clone();
+    process["args"] = json!(["grep", "Seccomp:", "/proc/self/status"]);
+    assert_eq!(agent.run_exec(&id, &process).await.stdout, "Seccomp:\t2\n");
+    agent.end(&id).await;
 }
 
 #[tokio::test]

@@ -67,6 +67,11 @@ pub(crate) const EXCEPTIONS: &[Exception] = &[
     ),
     (
         "manifest",
+        "guest-agent/fuzz/Cargo.toml",
+        "a workspace of its own, so that no build but the fuzzers' needs libFuzzer",
+    ),
+    (
+        "manifest",
         "vmm/fuzz/Cargo.toml",
         "a workspace of its own, so that no build but the fuzzers' needs libFuzzer",
     ),

@@ -20,6 +20,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("tests", &["walnut-agent-api", "walnut-vmm-api"]),
     ("vmm", &["walnut-vmm-api"]),
     ("vmm/api", &[]),
+    ("guest-agent/fuzz", &["walnut-agent"]),
     ("vmm/fuzz", &["walnut-vmm"]),
     ("xtask", &["walnut-guest-image", "walnut-lab-init"]),
     ("xtask/lab-init", &[]),
