@@ -127,6 +127,53 @@ const VOLUMES: &str = "
     until [ -e /small/gone ]; do sleep 0.2; done; cat /vanishing/dir/file 2>&1 | grep -o 'No such file or directory'
     echo alive";
 
+/// What the host has before the container is there.
+fn lay_out(host: &Path, below: &Path) -> Result<()> {
+    let at = |name: &str| host.join(name);
+    for directory in [
+        "ro/below",
+        "parent/sub",
+        "config/one",
+        "config/two",
+        "vanishing/dir",
+    ] {
+        fs::create_dir_all(at(directory))?;
+    }
+    fs::write(at("file"), "original\n")?;
+    fs::write(at("parent/sub/inside"), "inside\n")?;
+    fs::write(at("vanishing/dir/file"), "there\n")?;
+    for (version, text) in [("one", "first\n"), ("two", "second\n")] {
+        fs::write(at("config").join(version).join("key"), text)?;
+    }
+    std::os::unix::fs::symlink("one", at("config/current"))?;
+    run(
+        "mount",
+        &[
+            "--bind",
+            &below.display().to_string(),
+            &at("ro/below").display().to_string(),
+        ],
+    )?;
+    Ok(())
+}
+
+/// What the host does while the container looks.
+fn change(host: &Path, small: &Path) -> Result<()> {
+    let at = |name: &str| host.join(name);
+    let here = |name: &str| small.join(name);
+    // A file that is a volume is that file, whatever later has its name.
+    fs::write(at("new"), "replaced\n")?;
+    fs::rename(at("new"), at("file"))?;
+    fs::write(here("replaced"), "")?;
+    // As the kubelet updates a ConfigMap.
+    std::os::unix::fs::symlink("two", at("config/next"))?;
+    fs::rename(at("config/next"), at("config/current"))?;
+    fs::write(here("swapped"), "")?;
+    fs::remove_dir_all(at("vanishing/dir"))?;
+    fs::write(here("gone"), "")?;
+    Ok(())
+}
+
 #[test]
 fn volumes_of_every_kind_are_as_with_runc() -> Result<()> {
     if requirement::containerd()?.is_none() {
@@ -138,31 +185,8 @@ fn volumes_of_every_kind_are_as_with_runc() -> Result<()> {
         let small = Small::new("1m")?;
         let below = Small::new("1m")?;
         let host = TempDir::with_prefix("walnut-volumes-")?;
+        lay_out(host.path(), below.path())?;
         let at = |name: &str| host.path().join(name);
-        for directory in [
-            "ro/below",
-            "parent/sub",
-            "config/one",
-            "config/two",
-            "vanishing/dir",
-        ] {
-            fs::create_dir_all(at(directory))?;
-        }
-        fs::write(at("file"), "original\n")?;
-        fs::write(at("parent/sub/inside"), "inside\n")?;
-        fs::write(at("vanishing/dir/file"), "there\n")?;
-        for (version, text) in [("one", "first\n"), ("two", "second\n")] {
-            fs::write(at("config").join(version).join("key"), text)?;
-        }
-        std::os::unix::fs::symlink("one", at("config/current"))?;
-        run(
-            "mount",
-            &[
-                "--bind",
-                &below.path().display().to_string(),
-                &at("ro/below").display().to_string(),
-            ],
-        )?;
         let (container, running) = runtime
             .run(BUSYBOX)
             .flag(&bind(small.path(), "/small", "rbind:rw"))
@@ -178,16 +202,7 @@ fn volumes_of_every_kind_are_as_with_runc() -> Result<()> {
         deadline::until("the container", Deadline::after(deadline::BOOT), || {
             Ok(here("ready").exists().then_some(()))
         })?;
-        // A file that is a volume is that file, whatever later has its name.
-        fs::write(at("new"), "replaced\n")?;
-        fs::rename(at("new"), at("file"))?;
-        fs::write(here("replaced"), "")?;
-        // As the kubelet updates a ConfigMap.
-        std::os::unix::fs::symlink("two", at("config/next"))?;
-        fs::rename(at("config/next"), at("config/current"))?;
-        fs::write(here("swapped"), "")?;
-        fs::remove_dir_all(at("vanishing/dir"))?;
-        fs::write(here("gone"), "")?;
+        change(host.path(), small.path())?;
         let output = running.wait(Deadline::after(deadline::BOOT))?;
         run("umount", &["--lazy", &at("ro/below").display().to_string()])?;
         found.push(
