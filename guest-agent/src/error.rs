@@ -2,7 +2,7 @@
 //!
 //! containerd turns a code into its own error of that name, by which clients decide. Must not log.
 
-use crate::{container::refuse::SpecError, guest::GuestError, stdio::StdioError, task::TaskError};
+use crate::{container::refuse::SpecError, guest::{GuestError, changes::ChangeError}, stdio::StdioError, task::TaskError};
 use std::error::Error;
 use ttrpc::{Code, get_status};
 
@@ -53,6 +53,17 @@ impl From<GuestError> for ttrpc::Error {
                 Code::INVALID_ARGUMENT
             }
             GuestError::System { .. } => Code::INTERNAL,
+        };
+        status(&error, code)
+    }
+}
+
+impl From<ChangeError> for ttrpc::Error {
+    fn from(error: ChangeError) -> Self {
+        let code = match &error {
+            ChangeError::TooMany(..) | ChangeError::Container(_) => Code::INVALID_ARGUMENT,
+            ChangeError::Busy => Code::RESOURCE_EXHAUSTED,
+            ChangeError::Volume { .. } | ChangeError::Announcer(_) => Code::INTERNAL,
         };
         status(&error, code)
     }

@@ -6,6 +6,7 @@
 use crate::{
     agent::{Agent, AgentError},
     cgroup::{Cgroup, CgroupError},
+    changes::{Watches, watched},
     config::{Config, ConfigError},
     error::ShimError,
     log,
@@ -14,7 +15,13 @@ use crate::{
     storage::{Needs, Share, StorageError},
     vm::{Plan, SHARE_TAG, Vm, VmError},
 };
-use std::{future::Future, io, path::Path, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    io,
+    path::Path,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 use tokio::{task::spawn_blocking, time::timeout};
 
 /// Between the agent's answer to Shutdown and the VMM's end.
@@ -61,8 +68,10 @@ struct HostResources {
 /// A booted machine.
 pub(crate) struct Machine {
     vm: Vm,
-    agent: Agent,
+    agent: Arc<Agent>,
     host: HostResources,
+    /// Since the first container that has something to watch.
+    watches: Mutex<Option<Watches>>,
 }
 
 impl Machine {
@@ -76,7 +85,12 @@ impl Machine {
         let host = HostResources::acquire(state, fallback_cgroup, part)?;
         let booted = boot_on(&host, &config, part).await;
         match booted {
-            Ok((vm, agent)) => Ok(Self { vm, agent, host }),
+            Ok((vm, agent)) => Ok(Self {
+                vm,
+                agent: Arc::new(agent),
+                host,
+                watches: Mutex::default(),
+            }),
             Err(error) => {
                 host.release().await;
                 Err(error)
@@ -138,11 +152,38 @@ impl Machine {
     /// Mounts what a container needs.
     pub(crate) async fn expose(&self, needs: Needs) -> Result<(), MachineError> {
         let share = Arc::clone(&self.host.share);
-        Ok(spawn_blocking(move || share.expose(&needs)).await??)
+        let (container_id, volumes) = (needs.container_id.clone(), watched(&needs.volumes));
+        spawn_blocking(move || share.expose(&needs)).await??;
+        if !volumes.is_empty() {
+            self.watch(&container_id, &volumes).await;
+        }
+        Ok(())
+    }
+
+    /// Has changes that the host makes in these volumes announced. A container runs without that, too.
+    async fn watch(&self, container_id: &str, volumes: &[u32]) {
+        if let Err(error) = self.agent.watch_volumes(container_id, volumes).await {
+            return log::error("changes in volumes are not announced to the guest", &error);
+        }
+        let mut watches = self.watches.lock().unwrap_or_else(PoisonError::into_inner);
+        let started = match watches.take() {
+            Some(started) => Ok(started),
+            None => Watches::start(Arc::clone(&self.agent)),
+        };
+        match started {
+            Ok(started) => {
+                let mounts = self.host.share.mounts(container_id);
+                watches.insert(started).add(container_id, &mounts, volumes);
+            }
+            Err(error) => log::error("changes in volumes are not announced to the guest", &error),
+        }
     }
 
     /// Undoes [`Machine::expose`]. A second time does nothing.
     pub(crate) async fn withdraw(&self, container_id: &str) -> Result<(), MachineError> {
+        if let Some(watches) = &*self.watches.lock().unwrap_or_else(PoisonError::into_inner) {
+            watches.remove(container_id);
+        }
         let share = Arc::clone(&self.host.share);
         let container_id = container_id.to_owned();
         Ok(spawn_blocking(move || share.withdraw(&container_id)).await??)
