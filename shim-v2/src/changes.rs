@@ -1,3 +1,7 @@
+#![allow(
+    unsafe_code,
+    reason = "lets the runtime wait for an inotify instance, which has no safe wrapper"
+)]
 //! What the host changes in a Pod's read-only volumes, for inotify in the guest.
 //!
 //! Shallow and bounded: a volume, and the first directories in it, as Kubernetes keeps a ConfigMap in one. Only
@@ -82,11 +86,7 @@ pub(crate) fn watched(volumes: &[Volume]) -> Vec<u32> {
 impl Watches {
     /// Watches nothing yet, and tells `agent` of what changes.
     pub(crate) fn start(agent: Arc<Agent>) -> std::io::Result<Self> {
-        let inotify = init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC)?;
-        let shared = Arc::new(Shared {
-            inotify: AsyncFd::new(inotify)?,
-            places: Mutex::default(),
-        });
+        let shared = Arc::new(Shared::new()?);
         let task = tokio::spawn(tell(Arc::clone(&shared), agent));
         Ok(Self { shared, task })
     }
@@ -118,6 +118,15 @@ impl Watches {
 }
 
 impl Shared {
+    fn new() -> std::io::Result<Self> {
+        let inotify = init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC)?;
+        Ok(Self {
+            // SAFETY: an owned file descriptor keeps its number as long as it lives, and lives in the result.
+            inotify: unsafe { AsyncFd::register(inotify) }?,
+            places: Mutex::default(),
+        })
+    }
+
     // Nothing that can panic runs under the lock: its poison says nothing.
     fn places(&self) -> MutexGuard<'_, Places> {
         self.places.lock().unwrap_or_else(PoisonError::into_inner)
@@ -328,11 +337,7 @@ mod tests {
     use super::*;
 
     fn shared() -> Shared {
-        let inotify = init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC).unwrap();
-        Shared {
-            inotify: AsyncFd::new(inotify).unwrap(),
-            places: Mutex::default(),
-        }
+        Shared::new().unwrap()
     }
 
     fn place(path: &Path) -> Place {

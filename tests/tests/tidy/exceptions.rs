@@ -47,6 +47,11 @@ pub(crate) const EXCEPTIONS: &[Exception] = &[
     ),
     (
         "unsafe",
+        "shim-v2/src/changes.rs",
+        "lets the runtime wait for an inotify instance, which has no safe wrapper",
+    ),
+    (
+        "unsafe",
         "shim-v2/src/vm.rs",
         "what a child does between fork and exec: joins its cgroup, places its socket; the PID namespace before that",
     ),
