@@ -20,7 +20,7 @@ const ROUND_BUFFERS: usize = 64;
 
 /// How a round ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Round {
+enum Round {
     /// The queue is empty, and the driver kicks when it is not.
     Drained,
     /// There may be more.
@@ -90,18 +90,29 @@ fn run(
             if token == STOP {
                 return Ok(());
             }
-            // The count of kicks says nothing; an error says that there was none.
-            let _ = active.kick.read();
-            if serve_round(&mut active.queue, memory, interrupt, &mut execute)? == Round::Full {
-                // Fails only when the counter is full, and then the event is readable.
-                let _ = active.kick.write(1);
-            }
+            serve_kicked(&mut active, memory, interrupt, &mut execute)?;
         }
     }
 }
 
+/// Executes what the driver offered when it kicked, or a round of that: then the kick stays readable.
+pub(super) fn serve_kicked(
+    active: &mut ActiveQueue,
+    memory: &GuestMemoryMmap,
+    interrupt: &Interrupt,
+    execute: &mut impl FnMut(DescriptorChain<&GuestMemoryMmap>) -> u32,
+) -> Result<(), QueueError> {
+    // The count of kicks says nothing; an error says that there was none.
+    let _ = active.kick.read();
+    if serve_round(&mut active.queue, memory, interrupt, execute)? == Round::Full {
+        // Fails only when the counter is full, and then the event is readable.
+        let _ = active.kick.write(1);
+    }
+    Ok(())
+}
+
 /// Executes what the driver offered, and lets it know of each buffer as soon as it is used.
-pub(super) fn serve_round(
+fn serve_round(
     queue: &mut Queue,
     memory: &GuestMemoryMmap,
     interrupt: &Interrupt,
@@ -221,11 +232,12 @@ mod tests {
     }
 
     fn queue(memory: &GuestMemoryMmap, heads: &[u16]) -> Queue {
+        let low = |address: u64| u32::try_from(address).unwrap();
         let mut queue = Queue::new(SIZE).unwrap();
         queue.set_size(SIZE);
-        queue.set_desc_table_address(Some(TABLE as u32), Some(0));
-        queue.set_avail_ring_address(Some(AVAIL as u32), Some(0));
-        queue.set_used_ring_address(Some(USED as u32), Some(0));
+        queue.set_desc_table_address(Some(low(TABLE)), Some(0));
+        queue.set_avail_ring_address(Some(low(AVAIL)), Some(0));
+        queue.set_used_ring_address(Some(low(USED)), Some(0));
         queue.set_ready(true);
         for (slot, &head) in (0_u64..).zip(heads) {
             let place = AVAIL + 4 + 2 * (slot % u64::from(SIZE));

@@ -405,9 +405,7 @@ impl FileSystem for Files {
     }
 
     fn opendir(&self, _: &Context, node: u64, _: u32) -> io::Result<(Option<u64>, OpenOptions)> {
-        let inode = self.inodes.get(node)?;
-        let file = self.reopen(&inode, OFlags::RDONLY | OFlags::DIRECTORY)?;
-        let handle = self.keep(node, &inode, file, 0)?;
+        let handle = self.open_node(node, OFlags::RDONLY.bits(), false)?;
         let kept = OpenOptions::KEEP_CACHE | OpenOptions::CACHE_DIR;
         Ok((Some(handle), kept))
     }

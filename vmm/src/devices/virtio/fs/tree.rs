@@ -115,7 +115,7 @@ impl Files {
     }
 
     /// Keeps `file`, which was opened by `inode` with these flags of the guest.
-    pub(super) fn keep(&self, node: u64, inode: &Inode, file: File, flags: u32) -> io::Result<u64> {
+    fn keep(&self, node: u64, inode: &Inode, file: File, flags: u32) -> io::Result<u64> {
         let appends = OFlags::from_bits_retain(flags).contains(OFlags::APPEND);
         let append = if appends && !self.writes_back.load(Ordering::Relaxed) {
             let flags = self.flags(flags).difference(OFlags::TRUNC) | OFlags::APPEND;
