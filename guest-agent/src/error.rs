@@ -2,7 +2,12 @@
 //!
 //! containerd turns a code into its own error of that name, by which clients decide. Must not log.
 
-use crate::{container::refuse::SpecError, guest::{GuestError, changes::ChangeError}, stdio::StdioError, task::TaskError};
+use crate::{
+    container::refuse::SpecError,
+    guest::{GuestError, changes::ChangeError},
+    stdio::StdioError,
+    task::TaskError,
+};
 use std::error::Error;
 use ttrpc::{Code, get_status};
 

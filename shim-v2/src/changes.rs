@@ -232,7 +232,11 @@ impl Shared {
             // Another directory by this name has gone.
             known.retain(|other| !same(other) || other.directory != place.directory);
         }
-        let beside = places.values().flatten().filter(|other| same(other)).count();
+        let beside = places
+            .values()
+            .flatten()
+            .filter(|other| same(other))
+            .count();
         drop(places);
         if beside < MAX_DIRECTORIES {
             self.watch(place);
@@ -262,8 +266,7 @@ fn change(place: &Place, event: &Event, before: &[Event], after: &[Event]) -> Op
     let half = |events: &[Event], flag: ReadFlags| {
         let mut events = events.iter();
         let other = events.find(|other| {
-            (other.watch, other.cookie) == (event.watch, event.cookie)
-                && other.flags.contains(flag)
+            (other.watch, other.cookie) == (event.watch, event.cookie) && other.flags.contains(flag)
         });
         other.map(|other| other.name.clone())
     };

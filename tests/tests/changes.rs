@@ -2,9 +2,11 @@
 //! the oracle, and who hears of a change sees it.
 
 use anyhow::{Context, Result, ensure};
+use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
 use std::{
     fs::{self, OpenOptions},
     io::Write as _,
+    mem::MaybeUninit,
     os::unix::fs::symlink,
     path::Path,
     time::SystemTime,
@@ -16,42 +18,74 @@ use walnut_tests::{
     requirement,
 };
 
-/// Writes each event of a volume, of the file that a link in it leads to, and of a single file, to a file of its
-/// own, with what the volume's key and the file hold then.
-const WATCHER: &str = r#"
-import ctypes, os, struct
-names = {2: "MODIFY", 4: "ATTRIB", 8: "CLOSE_WRITE", 0x40: "MOVED_FROM", 0x80: "MOVED_TO", 0x100: "CREATE",
-    0x200: "DELETE", 0x400: "DELETE_SELF", 0x8000: "IGNORED", 0x40000000: "ISDIR"}
-libc = ctypes.CDLL(None)
-inotify = libc.inotify_init1(0)
-watches = {libc.inotify_add_watch(inotify, path.encode(), 0x7ce): path for path in ("/vol", "/vol/key", "/file")}
-assert min(watches) > 0
-number = 0
-def read(path):
-    try:
-        return open(path).read()
-    except OSError as error:
-        return os.strerror(error.errno)
-def say(line):
-    global number
-    with open("/out/new", "w") as out:
-        out.write(line)
-    os.rename("/out/new", "/out/%03d" % number)
-    number += 1
-say("ready " + read("/vol/key") + read("/file"))
-last = name = None
-while name != "end":
-    data = os.read(inotify, 65536)
-    while data:
-        watch, mask, cookie, length = struct.unpack_from("iIII", data)
-        name = data[16:16 + length].rstrip(b"\0").decode()
-        data = data[16 + length:]
-        kinds = "|".join(text for bit, text in sorted(names.items()) if mask & bit)
-        line = "%s %s %s: %s%s" % (watches[watch], kinds, name, read("/vol/key"), read("/file"))
-        if line != last:
-            say(line)
-        last = line
-"#;
+/// Makes this program the one that watches, in a container.
+const WATCHER: &str = "WALNUT_TEST_WATCHER";
+const WATCHED: [&str; 3] = ["/vol", "/vol/key", "/file"];
+const KINDS: [(ReadFlags, &str); 10] = [
+    (ReadFlags::MODIFY, "MODIFY"),
+    (ReadFlags::ATTRIB, "ATTRIB"),
+    (ReadFlags::CLOSE_WRITE, "CLOSE_WRITE"),
+    (ReadFlags::MOVED_FROM, "MOVED_FROM"),
+    (ReadFlags::MOVED_TO, "MOVED_TO"),
+    (ReadFlags::CREATE, "CREATE"),
+    (ReadFlags::DELETE, "DELETE"),
+    (ReadFlags::DELETE_SELF, "DELETE_SELF"),
+    (ReadFlags::IGNORED, "IGNORED"),
+    (ReadFlags::ISDIR, "ISDIR"),
+];
+
+/// Not a test of its own, but what a container of the test below runs: writes each event of a volume, of the file
+/// that a link in it leads to, and of a single file, to a file of its own, with what key and file hold then.
+#[test]
+fn watcher() -> Result<()> {
+    if std::env::var_os(WATCHER).is_none() {
+        return Ok(());
+    }
+    let inotify = inotify::init(CreateFlags::CLOEXEC)?;
+    let kinds = KINDS
+        .iter()
+        .map(|(flag, _)| flag.bits())
+        .fold(0, |all, one| all | one);
+    let wanted = WatchFlags::from_bits_truncate(kinds);
+    let mut watches = Vec::new();
+    for path in WATCHED {
+        watches.push((inotify::add_watch(&inotify, path, wanted)?, path));
+    }
+    let seen = || {
+        let read = |path| fs::read_to_string(path).unwrap_or_else(|error| error.to_string());
+        format!("{}{}", read("/vol/key"), read("/file"))
+    };
+    let mut number = 0;
+    let mut say = |line: &str| -> Result<()> {
+        fs::write("/out/new", line)?;
+        fs::rename("/out/new", format!("/out/{number:03}"))?;
+        number += 1;
+        Ok(())
+    };
+    say(&format!("ready {}", seen()))?;
+    let mut buffer = [MaybeUninit::uninit(); 4096];
+    let mut reader = inotify::Reader::new(&inotify, &mut buffer);
+    let mut last = String::new();
+    loop {
+        let event = reader.next()?;
+        let path = watches.iter().find(|(watch, _)| *watch == event.wd());
+        let (_, path) = path.context("an event of no watch")?;
+        let kinds = KINDS
+            .iter()
+            .filter(|(flag, _)| event.events().contains(*flag));
+        let kinds: Vec<_> = kinds.map(|(_, text)| *text).collect();
+        let name = event.file_name().map(|name| name.to_string_lossy());
+        let name = name.unwrap_or_default();
+        let line = format!("{path} {} {name}: {}", kinds.join("|"), seen());
+        if line != last {
+            say(&line)?;
+        }
+        if name == "end" {
+            return Ok(());
+        }
+        last = line;
+    }
+}
 
 /// A ConfigMap as kubelet lays it out.
 fn config_map(volume: &Path) -> Result<()> {
@@ -87,7 +121,10 @@ fn events(out: &Path, last: &str) -> Result<Vec<(String, SystemTime)>> {
             };
             told.push((line, fs::metadata(&file)?.modified()?));
         }
-        Ok(told.iter().any(|(line, _)| line.contains(last)).then_some(()))
+        Ok(told
+            .iter()
+            .any(|(line, _)| line.contains(last))
+            .then_some(()))
     });
     waited.with_context(|| format!("told were {told:#?}"))?;
     Ok(told)
@@ -109,23 +146,31 @@ fn hear(runtime: Runtime) -> Result<Vec<String>> {
         .flag(&mount(&volume, "/vol", "ro"))
         .flag(&mount(&file, "/file", "ro"))
         .flag(&mount(&out, "/out", "rw"))
-        .command(&["python3", "-c", WATCHER])
+        .flag(&mount(&std::env::current_exe()?, "/watcher", "ro"))
+        .flag(&format!("--env={WATCHER}=1"))
+        .command(&["/watcher", "--exact", "watcher", "--nocapture"])
         .start()?;
     events(&out, "ready 1a")?;
     let renamed = update(&volume)?;
     let told = events(&out, "/vol DELETE|ISDIR ..one")?;
-    let heard = told.iter().find(|(line, _)| line.contains("MOVED_TO ..data"));
+    let heard = told
+        .iter()
+        .find(|(line, _)| line.contains("MOVED_TO ..data"));
     let (_, heard) = heard.context("no MOVED_TO of ..data")?;
-    eprintln!("{runtime:?}: rename to event: {:?}", heard.duration_since(renamed));
+    eprintln!(
+        "{runtime:?}: rename to event: {:?}",
+        heard.duration_since(renamed)
+    );
     // As long as what it holds already, and within the second for which the guest's caches hold.
     fs::write(&file, "b")?;
     events(&out, "/file CLOSE_WRITE : 2b")?;
-    OpenOptions::new().append(true).open(&file)?.write_all(b"c")?;
+    OpenOptions::new()
+        .append(true)
+        .open(&file)?
+        .write_all(b"c")?;
     events(&out, "/file CLOSE_WRITE : 2bc")?;
     fs::write(volume.join("end"), "")?;
-    running
-        .wait(Deadline::after(deadline::BOOT))?
-        .success()?;
+    running.wait(Deadline::after(deadline::BOOT))?.success()?;
     let told = events(&out, "CREATE end")?;
     Ok(told.into_iter().map(|(line, _)| line).collect())
 }

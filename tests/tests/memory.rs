@@ -367,7 +367,10 @@ fn truncated_under_the_guest(mut guest: ShellGuest, file: &Path) -> Result<()> {
         Ok(begun.exists().then_some(()))
     })?;
     // What grows, or is written, is still there.
-    File::options().append(true).open(file)?.write_all(b"more")?;
+    File::options()
+        .append(true)
+        .open(file)?
+        .write_all(b"more")?;
     guest.vm.statistics()?;
     File::options().write(true).open(file)?.set_len(4096)?;
     let said = format!("the host cut the file of persistent memory 2 from {whole} to 4096 bytes");

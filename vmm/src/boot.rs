@@ -285,11 +285,7 @@ pub fn disk(config: &DiskConfig, files: &mut Files) -> Result<Block, BootError> 
     Ok(Block::new(file, config)?)
 }
 
-fn add_pmem(
-    machine: &mut Machine,
-    config: &PmemConfig,
-    file: File,
-) -> Result<(), BootError> {
+fn add_pmem(machine: &mut Machine, config: &PmemConfig, file: File) -> Result<(), BootError> {
     let region = machine.add_mapping(FileMapping::new(&file, config.read_only)?)?;
     machine.add_virtio(Box::new(Pmem::new(file, region)))?;
     Ok(())

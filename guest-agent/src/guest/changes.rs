@@ -8,8 +8,7 @@ use nix::unistd::{Gid, setfsgid};
 use rustix::{
     fs::{
         AtFlags, CWD, FileType, Mode, OFlags, StatxFlags, StatxTimestamp, Timespec, Timestamps,
-        UTIME_OMIT, getxattr, mkdirat, mknodat, open, openat, renameat, statx, unlinkat,
-        utimensat,
+        UTIME_OMIT, getxattr, mkdirat, mknodat, open, openat, renameat, statx, unlinkat, utimensat,
     },
     io::Errno,
     mount::{UnmountFlags, unmount},
@@ -229,10 +228,7 @@ fn as_if<T>(names: u32, work: impl FnOnce() -> rustix::io::Result<T>) -> rustix:
 
 fn announce(volume: BorrowedFd<'_>, change: &Change) -> rustix::io::Result<()> {
     let names = [&change.directory, &change.name, &change.new_name];
-    if names
-        .iter()
-        .any(|name| !name.is_empty() && !is_name(name))
-    {
+    if names.iter().any(|name| !name.is_empty() && !is_name(name)) {
         return Err(Errno::INVAL);
     }
     let [directory, name, new_name] = names.map(|name| CString::new(name.as_slice()));
@@ -299,7 +295,9 @@ fn touch(place: BorrowedFd<'_>, name: &CString, kind: Kind) -> rustix::io::Resul
         }
         return Ok(());
     }
-    let time = |StatxTimestamp { tv_sec, tv_nsec, .. }| Timespec {
+    let time = |StatxTimestamp {
+                    tv_sec, tv_nsec, ..
+                }| Timespec {
         tv_sec,
         tv_nsec: tv_nsec.into(),
     };

@@ -123,12 +123,7 @@ impl Inodes {
     }
 
     /// Counts a look-up of the file that `path` is open for and that was found by the name `called`.
-    pub(super) fn look_up(
-        &self,
-        path: OwnedFd,
-        status: &Statx,
-        called: u64,
-    ) -> Result<u64, Errno> {
+    pub(super) fn look_up(&self, path: OwnedFd, status: &Statx, called: u64) -> Result<u64, Errno> {
         let mut index = write(&self.index);
         if let Some(&node) = index.by_identity.get(&Identity::of(status)) {
             let known = index.nodes.get_mut(&node).ok_or(Errno::STALE)?;

@@ -378,7 +378,10 @@ fn what_would_take_all_descriptors_is_refused() {
     let (path, status) = open("/proc");
     let node = inodes.look_up(path, &status, 0).unwrap();
     let (path, status) = open("/sys");
-    assert_eq!(inodes.look_up(path, &status, 0), Err(rustix::io::Errno::NFILE));
+    assert_eq!(
+        inodes.look_up(path, &status, 0),
+        Err(rustix::io::Errno::NFILE)
+    );
     inodes.forget(node, u64::MAX);
     let (path, status) = open("/sys");
     assert_eq!(inodes.look_up(path, &status, 0), Ok(node + 1));

@@ -75,7 +75,10 @@ fn a_replaced_link_is_the_old_one_to_the_announcer_and_the_new_one_to_all_others
     // What the guest knows and the host still has is not taken from it.
     let again = announce(&mut client, Opcode::Lookup, ROOT, FILES, b"..data\0").unwrap();
     assert_ne!(take::<EntryOut>(&again).nodeid, new);
-    assert_eq!(fs::read_link(share.join("..data")).unwrap().to_str(), Some("two"));
+    assert_eq!(
+        fs::read_link(share.join("..data")).unwrap().to_str(),
+        Some("two")
+    );
 }
 
 #[test]
@@ -95,7 +98,14 @@ fn nothing_that_is_announced_happens_on_the_host() {
     let made = announce(&mut client, Opcode::Mkdir, ROOT, NO_NAME, &body).unwrap();
     assert_eq!(take::<EntryOut>(&made).attr.mode, libc::S_IFDIR);
     announce(&mut client, Opcode::Unlink, ROOT, FILES, b"file\0").unwrap();
-    announce(&mut client, Opcode::Rmdir, ROOT, DIRECTORIES, b"directory\0").unwrap();
+    announce(
+        &mut client,
+        Opcode::Rmdir,
+        ROOT,
+        DIRECTORIES,
+        b"directory\0",
+    )
+    .unwrap();
     // FATTR_SIZE and FATTR_MTIME: to nothing, at the beginning of time.
     let mut change = [0; 88];
     change[0] = (1 << 3) | (1 << 5);
