@@ -4,7 +4,7 @@
 
 use crate::{
     container::refuse::SpecError,
-    guest::{GuestError, changes::ChangeError},
+    guest::{GuestError, changes::ChangeError, network::NetworkError},
     stdio::StdioError,
     task::TaskError,
 };
@@ -34,6 +34,7 @@ impl From<TaskError> for ttrpc::Error {
             TaskError::Id { .. }
             | TaskError::Signal(_)
             | TaskError::Size { .. }
+            | TaskError::Namespace { .. }
             | TaskError::Contradiction(_)
             | TaskError::Spec(_)
             | TaskError::Resources(_)
@@ -53,11 +54,14 @@ impl From<TaskError> for ttrpc::Error {
 impl From<GuestError> for ttrpc::Error {
     fn from(error: GuestError) -> Self {
         let code = match &error {
-            GuestError::SetUpAlready => Code::FAILED_PRECONDITION,
+            GuestError::SetUpAlready | GuestError::NotSetUp => Code::FAILED_PRECONDITION,
+            GuestError::Network(NetworkError::Interface(..) | NetworkError::Message(_)) => {
+                Code::INVALID_ARGUMENT
+            }
             GuestError::Hostname(_) | GuestError::Clock(_) | GuestError::Tag(_) => {
                 Code::INVALID_ARGUMENT
             }
-            GuestError::System { .. } => Code::INTERNAL,
+            GuestError::System { .. } | GuestError::Network(_) => Code::INTERNAL,
         };
         status(&error, code)
     }
