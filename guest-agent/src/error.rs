@@ -6,7 +6,7 @@ use crate::{
     apparmor::AppArmorError,
     cgroup::CgroupError,
     container::refuse::SpecError,
-    guest::{GuestError, network::NetworkError},
+    guest::{GuestError, changes::ChangeError, network::NetworkError},
     stdio::StdioError,
     storage::StorageError,
     task::TaskError,
@@ -79,6 +79,17 @@ impl From<StorageError> for ttrpc::Error {
             StorageError::Exists(_) => Code::ALREADY_EXISTS,
             StorageError::Request(_) => Code::INVALID_ARGUMENT,
             StorageError::NoDisk(_) | StorageError::System { .. } => Code::INTERNAL,
+        };
+        status(&error, code)
+    }
+}
+
+impl From<ChangeError> for ttrpc::Error {
+    fn from(error: ChangeError) -> Self {
+        let code = match &error {
+            ChangeError::TooMany(..) | ChangeError::Container(_) => Code::INVALID_ARGUMENT,
+            ChangeError::Busy => Code::RESOURCE_EXHAUSTED,
+            ChangeError::Volume { .. } | ChangeError::Announcer(_) => Code::INTERNAL,
         };
         status(&error, code)
     }

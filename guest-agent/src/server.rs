@@ -4,7 +4,7 @@
 
 use crate::{
     cgroup::{CgroupError, Hierarchy},
-    guest::Guest,
+    guest::{Guest, changes::Volumes},
     reaper::Reaper,
     service::{GuestService, TaskService},
     stdio::Streams,
@@ -82,16 +82,18 @@ where
         streams: streams.clone(),
     }));
     let end = Arc::new(Notify::new());
+    let volumes = Arc::new(Volumes::default());
     let guest = GuestService {
         guest: Guest::default(),
         storage: Storage::default(),
         tasks: Arc::clone(&tasks),
+        volumes: Arc::clone(&volumes),
         end: Arc::clone(&end),
     };
     let connections = watch::Sender::new(());
     let count = connections.clone();
     let mut server = Server::new()
-        .register_service(create_task(Arc::new(TaskService { tasks })))
+        .register_service(create_task(Arc::new(TaskService { tasks, volumes })))
         .register_service(create_guest(Arc::new(guest)))
         .add_listener(Listener::new(requests.map(move |accepted| {
             accepted.map(|connection| Counted {

@@ -4,7 +4,7 @@
 
 use crate::{
     cgroup::stats,
-    guest::Guest,
+    guest::{Guest, changes::Volumes},
     reaper::Exit,
     storage::Storage,
     task::{AddProcess, CreateContainer, Status, StdioNames, TaskError, Tasks},
@@ -34,11 +34,13 @@ use walnut_agent_api::{
 /// `containerd.task.v3.Task`.
 pub(crate) struct TaskService {
     pub(crate) tasks: Arc<Tasks>,
+    pub(crate) volumes: Arc<Volumes>,
 }
 
 #[async_trait]
 impl Task for TaskService {
     async fn create(&self, _: &TtrpcContext, r: CreateTaskRequest) -> Result<CreateTaskResponse> {
+        let id = r.id.clone();
         let request = CreateContainer {
             id: r.id,
             bundle: r.bundle,
@@ -46,7 +48,8 @@ impl Task for TaskService {
             names: names(r.stdin, r.stdout, r.stderr),
             spec: &r.options.value,
         };
-        let pid = self.tasks.create(request).await?;
+        let created = self.tasks.create(request).await;
+        let pid = created.inspect_err(|_| self.volumes.release(&id))?;
         Ok(CreateTaskResponse {
             pid: number(pid),
             ..Default::default()
@@ -131,6 +134,9 @@ impl Task for TaskService {
 
     async fn delete(&self, _: &TtrpcContext, r: DeleteRequest) -> Result<DeleteResponse> {
         let (pid, exit) = self.tasks.delete(&r.id, &r.exec_id).await?;
+        if r.exec_id.is_empty() {
+            self.volumes.release(&r.id);
+        }
         Ok(DeleteResponse {
             pid: number(pid),
             exit_status: exit.status,
@@ -206,6 +212,7 @@ pub(crate) struct GuestService {
     pub(crate) guest: Guest,
     pub(crate) storage: Storage,
     pub(crate) tasks: Arc<Tasks>,
+    pub(crate) volumes: Arc<Volumes>,
     /// Told when the guest is to end.
     pub(crate) end: Arc<Notify>,
 }
@@ -265,6 +272,24 @@ impl guest_ttrpc::Guest for GuestService {
         let wanted = r.network.unwrap_or_default();
         self.guest.update_network(wanted).await?;
         Ok(guest_api::UpdateNetworkResponse::new())
+    }
+
+    async fn watch_volumes(
+        &self,
+        _: &TtrpcContext,
+        r: guest_api::WatchVolumesRequest,
+    ) -> Result<guest_api::WatchVolumesResponse> {
+        self.volumes.watch(&r.container_id, r.volumes).await?;
+        Ok(guest_api::WatchVolumesResponse::new())
+    }
+
+    async fn announce_changes(
+        &self,
+        _: &TtrpcContext,
+        r: guest_api::AnnounceChangesRequest,
+    ) -> Result<guest_api::AnnounceChangesResponse> {
+        self.volumes.announce(r.changes).await?;
+        Ok(guest_api::AnnounceChangesResponse::new())
     }
 
     async fn shutdown(

@@ -194,6 +194,36 @@ impl Agent {
         Ok(())
     }
 
+    /// `Guest.WatchVolumes`, before the container is created.
+    pub(crate) async fn watch_volumes(&self, id: &str, volumes: &[u32]) -> Result<(), AgentError> {
+        let request = guest::WatchVolumesRequest {
+            container_id: id.to_owned(),
+            volumes: volumes.to_owned(),
+            ..Default::default()
+        };
+        call("WatchVolumes", CALL_DEADLINE, |context| {
+            self.guest.watch_volumes(context, &request)
+        })
+        .await?;
+        Ok(())
+    }
+
+    /// `Guest.AnnounceChanges`.
+    pub(crate) async fn announce_changes(
+        &self,
+        changes: Vec<guest::Change>,
+    ) -> Result<(), AgentError> {
+        let request = guest::AnnounceChangesRequest {
+            changes,
+            ..Default::default()
+        };
+        call("AnnounceChanges", CALL_DEADLINE, |context| {
+            self.guest.announce_changes(context, &request)
+        })
+        .await?;
+        Ok(())
+    }
+
     /// `Guest.Shutdown`.
     pub(crate) async fn shutdown(&self) -> Result<(), AgentError> {
         let request = guest::ShutdownRequest::default();

@@ -9,6 +9,7 @@ use crate::{
     agent::{Agent, AgentError},
     blocks::BlocksError,
     cgroup::{Cgroup, CgroupError},
+    changes::{Watches, watched},
     config::{Config, ConfigError},
     error::ShimError,
     log,
@@ -31,7 +32,7 @@ use std::{
     os::fd::AsFd as _,
     path::Path,
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -93,11 +94,13 @@ struct HostResources {
 /// A booted machine.
 pub(crate) struct Machine {
     vm: Vm,
-    agent: Agent,
+    agent: Arc<Agent>,
     host: HostResources,
     writable_layer_mib: u32,
     /// The VMM's names of the disks of each container.
     disks: Mutex<HashMap<String, Vec<String>>>,
+    /// Since the first container that has something to watch.
+    watches: Mutex<Option<Watches>>,
     ending: AtomicBool,
     ended: OnceCell<()>,
 }
@@ -115,10 +118,11 @@ impl Machine {
         match booted {
             Ok((vm, agent)) => Ok(Self {
                 vm,
-                agent,
+                agent: Arc::new(agent),
                 host,
                 writable_layer_mib: config.writable_layer_mib,
                 disks: Mutex::default(),
+                watches: Mutex::default(),
                 ending: AtomicBool::new(false),
                 ended: OnceCell::new(),
             }),
@@ -192,8 +196,11 @@ impl Machine {
     /// Attaches and mounts what a container needs; answers the guest's numbers of its block devices. Leaves nothing
     /// behind on failure.
     pub(crate) async fn expose(&self, needs: Needs) -> Result<Vec<(u32, u32)>, MachineError> {
-        let id = needs.container_id.clone();
+        let (id, volumes) = (needs.container_id.clone(), watched(&needs.volumes));
         let exposed = self.expose_all(needs).await;
+        if exposed.is_ok() && !volumes.is_empty() {
+            self.watch(&id, &volumes).await;
+        }
         if exposed.is_err()
             && let Err(error) = self.withdraw(&id).await
         {
@@ -202,8 +209,30 @@ impl Machine {
         exposed
     }
 
+    /// Has changes that the host makes in these volumes announced. A container runs without that, too.
+    async fn watch(&self, container_id: &str, volumes: &[u32]) {
+        if let Err(error) = self.agent.watch_volumes(container_id, volumes).await {
+            return log::error("changes in volumes are not announced to the guest", &error);
+        }
+        let mut watches = self.watches.lock().unwrap_or_else(PoisonError::into_inner);
+        let started = match watches.take() {
+            Some(started) => Ok(started),
+            None => Watches::start(Arc::clone(&self.agent)),
+        };
+        match started {
+            Ok(started) => {
+                let mounts = self.host.share.mounts(container_id);
+                watches.insert(started).add(container_id, &mounts, volumes);
+            }
+            Err(error) => log::error("changes in volumes are not announced to the guest", &error),
+        }
+    }
+
     /// Undoes [`Machine::expose`]. A second time does nothing.
     pub(crate) async fn withdraw(&self, container_id: &str) -> Result<(), MachineError> {
+        if let Some(watches) = &*self.watches.lock().unwrap_or_else(PoisonError::into_inner) {
+            watches.remove(container_id);
+        }
         self.release_disks(container_id).await;
         let share = Arc::clone(&self.host.share);
         let container_id = container_id.to_owned();

@@ -11,6 +11,7 @@ mod bootstrap;
 mod bundle;
 mod calls;
 mod cgroup;
+mod changes;
 mod cleanup;
 mod config;
 mod container;

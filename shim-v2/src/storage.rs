@@ -159,6 +159,11 @@ impl Share {
         &self.root
     }
 
+    /// Where a container's volumes are, by their numbers.
+    pub(crate) fn mounts(&self, container_id: &str) -> PathBuf {
+        self.root.join(container_id).join("mounts")
+    }
+
     /// Mounts what a container needs; leaves nothing behind on failure.
     pub(crate) fn expose(&self, needs: &Needs, root: Root) -> Result<(), StorageError> {
         let exposed = self.expose_all(needs, root);

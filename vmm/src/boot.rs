@@ -7,6 +7,7 @@ use crate::{
         layout,
     },
     control::{ControlError, Files},
+    cuts::{CutError, Cuts},
     devices::{
         console_log::ConsoleLog,
         reset::{I8042, Power},
@@ -32,6 +33,7 @@ use crate::{
     seccomp::{Filter, Kind, SeccompError},
 };
 use std::{
+    fs::File,
     io,
     sync::{Arc, Mutex},
 };
@@ -70,6 +72,9 @@ pub enum BootError {
     /// Persistent memories.
     #[error("a persistent memory cannot be attached")]
     Pmem(#[from] MappingError),
+    /// Persistent memories' sizes.
+    #[error("a persistent memory cannot be attached")]
+    Cuts(#[from] CutError),
     /// Confinement.
     #[error("the VMM cannot confine itself")]
     Jail(#[from] JailError),
@@ -106,6 +111,8 @@ pub struct Booted {
     pub resize: Resize,
     /// Readable once the guest's init listens.
     pub ready: EventFd,
+    /// The files that must not become shorter.
+    pub cuts: Cuts,
 }
 
 /// Builds the VM, and confines this process.
@@ -119,6 +126,7 @@ pub fn boot(config: &VmConfig, files: &mut Files) -> Result<Booted, BootError> {
 
     let apart = enter_namespaces(config, files)?;
     let share = prepare_share(config)?;
+    let (pmems, cuts) = prepare_pmems(config, files)?;
     apart.confine()?;
     machine.use_threads(Threads::confined().map_err(BootError::Threads)?);
 
@@ -133,8 +141,8 @@ pub fn boot(config: &VmConfig, files: &mut Files) -> Result<Booted, BootError> {
     for config in &config.disks {
         machine.add_virtio(Box::new(disk(config, files)?))?;
     }
-    for pmem in &config.pmems {
-        add_pmem(&mut machine, pmem, files)?;
+    for (config, file) in config.pmems.iter().zip(pmems) {
+        add_pmem(&mut machine, config, file)?;
     }
     for config in &config.networks {
         machine.add_virtio(Box::new(network(config, files)?))?;
@@ -146,6 +154,7 @@ pub fn boot(config: &VmConfig, files: &mut Files) -> Result<Booted, BootError> {
         console,
         resize,
         ready,
+        cuts,
     })
 }
 
@@ -221,6 +230,18 @@ fn prepare_share(config: &VmConfig) -> Result<Option<(ShareConfig, PendingShare)
     Ok(Some((share.clone(), ShareServer::before_jail("/")?)))
 }
 
+/// Files that the guest has as memory, watched by the private /proc.
+fn prepare_pmems(config: &VmConfig, files: &mut Files) -> Result<(Vec<File>, Cuts), BootError> {
+    let mut cuts = Cuts::default();
+    let taken = config.pmems.iter().map(|pmem| {
+        let file = files.take_file(pmem.file)?;
+        cuts.watch(&file)?;
+        Ok(file)
+    });
+    let taken = taken.collect::<Result<_, BootError>>()?;
+    Ok((taken, cuts))
+}
+
 fn enter_namespaces(config: &VmConfig, files: &mut Files) -> Result<Apart, BootError> {
     let root = match &config.share {
         Some(share) => Root::Share(files.take(share.directory)?),
@@ -269,12 +290,7 @@ pub fn disk(config: &DiskConfig, files: &mut Files) -> Result<Block, BootError> 
     )?)
 }
 
-fn add_pmem(
-    machine: &mut Machine,
-    config: &PmemConfig,
-    files: &mut Files,
-) -> Result<(), BootError> {
-    let file = files.take_file(config.file)?;
+fn add_pmem(machine: &mut Machine, config: &PmemConfig, file: File) -> Result<(), BootError> {
     let region = machine.add_mapping(FileMapping::new(&file, config.read_only)?)?;
     machine.add_virtio(Box::new(Pmem::new(file, region)))?;
     Ok(())

@@ -5,6 +5,7 @@
 
 use crate::seccomp::{Filter, Kind};
 use std::{
+    collections::{BTreeMap, btree_map::Entry},
     io,
     os::fd::AsRawFd,
     sync::mpsc::{Receiver, Sender, channel},
@@ -155,8 +156,13 @@ impl Threads {
 
 /// The spawner's life: until nobody can ask any more.
 fn serve_jobs(jobs: &Receiver<Job>) {
+    let mut filters = BTreeMap::new();
     for job in jobs {
-        let filter = Filter::of(job.kind).map_err(io::Error::other);
+        let filter = match filters.entry(job.kind) {
+            Entry::Occupied(known) => Ok(&*known.into_mut()),
+            Entry::Vacant(unknown) => Filter::of(job.kind).map(|filter| &*unknown.insert(filter)),
+        };
+        let filter = filter.cloned().map_err(io::Error::other);
         let thread = filter.and_then(|filter| start_confined(filter, &job.name, job.run));
         // One who asked waits for the answer.
         let _ = job.started.send(thread);

@@ -7,6 +7,7 @@ pub mod attach;
 pub mod boot;
 pub mod bus;
 pub mod control;
+pub mod cuts;
 pub mod devices;
 pub mod event_loop;
 pub mod file_mapping;

@@ -24,7 +24,7 @@ use crate::{
     file_mapping::{self, FileMapping},
     memory::{self, MemoryError},
     running::RunningMachine,
-    slots::{Plugged, Slots},
+    slots::{Board, Slots},
     vcpu::{self, VcpuError, Vcpus},
     vm::{Vm, VmError},
     window::Window,
@@ -232,14 +232,13 @@ impl Machine {
     /// Puts a virtio device behind a transport, with its interrupt and its kicks.
     pub fn add_virtio(&mut self, device: Box<dyn VirtioDevice>) -> Result<(), MachineError> {
         let place = self.bus.allocate(REGISTERS_BYTES)?;
-        Plugged::new(
-            &self.vm,
-            &self.bus,
-            &self.memory,
-            &self.threads,
-            place,
-            device,
-        )?;
+        let board = Board {
+            vm: &self.vm,
+            bus: &self.bus,
+            memory: &self.memory,
+            threads: &self.threads,
+        };
+        board.plug(place, device)?;
         self.virtio.push(place);
         Ok(())
     }

@@ -32,7 +32,7 @@ fn run() -> VmmExit {
         Err(error) => return refuse(&control, BootError::kind(&error), &error),
     };
     drop(files);
-    let outcome = session::run(&control, &mut booted.machine, &booted.ready, &booted.resize);
+    let outcome = session::run(&control, &mut booted);
     let tail = booted.console.finish();
     match outcome {
         Ok(outcome) => report(&outcome, &tail),

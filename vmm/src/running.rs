@@ -8,7 +8,7 @@ use crate::{
     event_loop::Threads,
     file_mapping::FileMapping,
     machine::{MachineError, make_vcpu},
-    slots::{Plugged, Slots},
+    slots::{Board, Plugged, Slots},
     vcpu::Vcpus,
     vm::Vm,
     window::Window,
@@ -144,14 +144,13 @@ impl RunningMachine {
     /// Puts a device into a free place and tells the guest. Gives the name of the place.
     pub fn attach(&mut self, device: Box<dyn VirtioDevice>) -> Result<String, RunningError> {
         let (index, place) = self.slots.free().ok_or(RunningError::NoPlace)?;
-        let plugged = Plugged::new(
-            &self.vm,
-            &self.bus,
-            &self.memory,
-            &self.threads,
-            place,
-            device,
-        )?;
+        let board = Board {
+            vm: &self.vm,
+            bus: &self.bus,
+            memory: &self.memory,
+            threads: &self.threads,
+        };
+        let plugged = board.plug(place, device)?;
         let name = self.slots.fill(index, plugged);
         self.events().set_device(index, true);
         Ok(name)

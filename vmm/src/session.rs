@@ -3,6 +3,7 @@
 
 use crate::{
     attach::{self, AttachError},
+    boot::Booted,
     control::{Control, ControlError, Files, Incoming, failure},
     event_loop::Poll,
     resize::{Resize, ResizeError},
@@ -16,6 +17,7 @@ use walnut_vmm_api::{FailureKind, Message, Request, Statistics, VmmExit};
 const CONTROL: u64 = 0;
 const ENDED: u64 = 1;
 const READY: u64 = 2;
+const CHANGED: u64 = 3;
 /// A vCPU that is in the guest leaves it at once; one that waits for a device may take longer.
 const STOP_DEADLINE: Duration = Duration::from_secs(2);
 
@@ -46,6 +48,14 @@ impl Outcome {
             detail: None,
         }
     }
+
+    /// What the guest has as memory is gone.
+    fn cut(detail: String) -> Self {
+        Self {
+            exit: VmmExit::Device,
+            detail: Some(detail),
+        }
+    }
 }
 
 impl From<End> for Outcome {
@@ -61,16 +71,21 @@ impl From<End> for Outcome {
 }
 
 /// Runs the vCPUs until the VM ends, and stops them all.
-pub fn run(
-    control: &Control,
-    machine: &mut RunningMachine,
-    ready: &EventFd,
-    resize: &Resize,
-) -> Result<Outcome, SessionError> {
+pub fn run(control: &Control, booted: &mut Booted) -> Result<Outcome, SessionError> {
+    let Booted {
+        machine,
+        ready,
+        resize,
+        cuts,
+        ..
+    } = booted;
     let mut poll = Poll::new()?;
     poll.add(control, CONTROL, EventSet::IN)?;
     poll.add(machine.vcpus.ended(), ENDED, EventSet::IN)?;
     poll.add(ready, READY, EventSet::IN)?;
+    if let Some(changed) = cuts.changed() {
+        poll.add(changed, CHANGED, EventSet::IN)?;
+    }
     machine.vcpus.run();
     control.send(&Message::Booted)?;
     loop {
@@ -78,6 +93,7 @@ pub fn run(
             let outcome = match token {
                 CONTROL => serve(control, machine, resize)?,
                 ENDED => machine.vcpus.end().map(Outcome::from),
+                CHANGED => cuts.find().map(Outcome::cut),
                 _ => announce(control, machine, &poll, ready)?,
             };
             if let Some(outcome) = outcome {

@@ -24,30 +24,42 @@ pub struct Plugged {
     place: Allocation,
 }
 
-impl Plugged {
+/// What a device is plugged into.
+pub struct Board<'a> {
+    /// Carries its interrupt and its kicks.
+    pub vm: &'a Vm,
+    /// Where its registers are.
+    pub bus: &'a Bus,
+    /// Where its queues are.
+    pub memory: &'a GuestMemoryMmap,
+    /// Where its threads come from.
+    pub threads: &'a Threads,
+}
+
+impl Board<'_> {
     /// Puts `device` behind a transport at `place`.
-    pub fn new(
-        vm: &Vm,
-        bus: &Bus,
-        memory: &GuestMemoryMmap,
-        threads: &Threads,
+    pub fn plug(
+        &self,
         place: Allocation,
         device: Box<dyn VirtioDevice>,
-    ) -> Result<Self, MachineError> {
+    ) -> Result<Plugged, MachineError> {
         let irqfd = Arc::new(EventFd::new(EFD_NONBLOCK).map_err(MachineError::Event)?);
-        let transport = Transport::new(device, memory.clone(), threads.clone(), irqfd.clone())?;
-        let plugged = Self {
+        let (memory, threads) = (self.memory.clone(), self.threads.clone());
+        let transport = Transport::new(device, memory, threads, irqfd.clone())?;
+        let plugged = Plugged {
             transport: Arc::new(Mutex::new(transport)),
             irqfd,
             place,
         };
-        let connected = plugged.connect(vm, bus);
+        let connected = plugged.connect(self.vm, self.bus);
         if connected.is_err() {
-            plugged.disconnect(vm);
+            plugged.disconnect(self.vm);
         }
         connected.map(|()| plugged)
     }
+}
 
+impl Plugged {
     /// Takes it away: registers, kicks, interrupt, its thread and its files.
     pub fn remove(self, vm: &Vm, bus: &Bus) {
         bus.remove_memory(&self.place);

@@ -349,6 +349,7 @@ fn order(name: &str) -> usize {
         "agent",
         "shim",
         "ctr",
+        "changes",
         "crash",
     ];
     let rung = name

@@ -3,6 +3,7 @@
 //! Must not know containers.
 
 pub(crate) mod boot;
+pub(crate) mod changes;
 pub(crate) mod mounts;
 pub(crate) mod network;
 pub(crate) mod power;

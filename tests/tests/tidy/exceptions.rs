@@ -47,6 +47,11 @@ pub(crate) const EXCEPTIONS: &[Exception] = &[
     ),
     (
         "unsafe",
+        "shim-v2/src/changes.rs",
+        "lets the runtime wait for an inotify instance, which has no safe wrapper",
+    ),
+    (
+        "unsafe",
         "shim-v2/src/network/tap.rs",
         "asks the kernel for a tap, which no safe wrapper does",
     ),
@@ -94,6 +99,16 @@ pub(crate) const EXCEPTIONS: &[Exception] = &[
         "opens-paths",
         "vmm/src/devices/virtio/fs/files.rs",
         "names FUSE's answer to an open, which opens nothing",
+    ),
+    (
+        "opens-paths",
+        "vmm/src/devices/virtio/fs/announce.rs",
+        "names FUSE's answer to an open, which opens nothing",
+    ),
+    (
+        "opens-paths",
+        "vmm/src/devices/virtio/fs/tests/announced.rs",
+        "not in the product: the host's side of a test",
     ),
     (
         "opens-paths",

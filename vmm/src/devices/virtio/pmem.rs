@@ -2,9 +2,8 @@
 //! keeps a copy of it beside the host's page cache. The guest's stores reach the file by themselves; this
 //! device only answers its flushes.
 //!
-//! A file that is truncated while it is mapped takes memory away that the guest believes to have. A vCPU that
-//! touches it stands still: KVM can neither fault the page in nor give up, as the page might only be late, until
-//! the VM is stopped. A store to a read-only file is an exit that changes nothing, and ends the VM where KVM
+//! A file that is cut while it is mapped takes memory away that the guest believes to have, which ends the VM
+//! (`cuts`). A store to a read-only file is an exit that changes nothing, and ends the VM where KVM
 //! cannot emulate it. This process never touches the mapping. Must not map anything.
 
 use super::{ActivateError, Activation, DeviceType, SharedRegion, VirtioDevice, queue};

@@ -20,7 +20,7 @@ const ROUND_BUFFERS: usize = 64;
 
 /// How a round ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Round {
+enum Round {
     /// The queue is empty, and the driver kicks when it is not.
     Drained,
     /// There may be more.
@@ -90,18 +90,29 @@ fn run(
             if token == STOP {
                 return Ok(());
             }
-            // The count of kicks says nothing; an error says that there was none.
-            let _ = active.kick.read();
-            if serve_round(&mut active.queue, memory, interrupt, &mut execute)? == Round::Full {
-                // Fails only when the counter is full, and then the event is readable.
-                let _ = active.kick.write(1);
-            }
+            serve_kicked(&mut active, memory, interrupt, &mut execute)?;
         }
     }
 }
 
+/// Executes what the driver offered when it kicked, or a round of that: then the kick stays readable.
+pub(super) fn serve_kicked(
+    active: &mut ActiveQueue,
+    memory: &GuestMemoryMmap,
+    interrupt: &Interrupt,
+    execute: &mut impl FnMut(DescriptorChain<&GuestMemoryMmap>) -> u32,
+) -> Result<(), QueueError> {
+    // The count of kicks says nothing; an error says that there was none.
+    let _ = active.kick.read();
+    if serve_round(&mut active.queue, memory, interrupt, execute)? == Round::Full {
+        // Fails only when the counter is full, and then the event is readable.
+        let _ = active.kick.write(1);
+    }
+    Ok(())
+}
+
 /// Executes what the driver offered, and lets it know of each buffer as soon as it is used.
-pub(super) fn serve_round(
+fn serve_round(
     queue: &mut Queue,
     memory: &GuestMemoryMmap,
     interrupt: &Interrupt,
@@ -132,4 +143,142 @@ pub(super) fn pop<'a>(
     memory: &'a GuestMemoryMmap,
 ) -> Result<Option<DescriptorChain<&'a GuestMemoryMmap>>, QueueError> {
     Ok(queue.iter(memory)?.next())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::mock_driver::memory;
+    use super::*;
+    use proptest::prelude::*;
+    use virtio_queue::desc::split::Descriptor;
+    use vm_memory::{Bytes, GuestAddress};
+
+    const SIZE: u16 = 8;
+    const TABLE: u64 = 0x1000;
+    const AVAIL: u64 = 0x2000;
+    const USED: u64 = 0x3000;
+    const INDIRECT: u64 = 0x4000;
+    const NEXT: u16 = 1;
+    const WRITE: u16 = 2;
+    const IS_TABLE: u16 = 4;
+
+    /// Address, length, flags and next of a descriptor, mostly such as make sense.
+    type Raw = (u64, u32, u16, u16);
+
+    fn raw() -> impl Strategy<Value = Raw> {
+        let address = prop_oneof![
+            4 => 0x10_0000_u64..0x11_0000,
+            2 => Just(INDIRECT),
+            1 => Just(INDIRECT + 8),
+            1 => any::<u64>(),
+        ];
+        let length = prop_oneof![
+            4 => 0_u32..5000,
+            4 => (0_u32..12).prop_map(|entries| entries * 16),
+            1 => any::<u32>(),
+        ];
+        let flags = prop_oneof![
+            4 => Just(NEXT),
+            2 => Just(NEXT | WRITE),
+            1 => Just(WRITE),
+            2 => Just(IS_TABLE),
+            1 => any::<u16>(),
+        ];
+        let next = prop_oneof![8 => 0..SIZE, 1 => any::<u16>()];
+        (address, length, flags, next)
+    }
+
+    /// virtio 1.3, sections 2.7.5 to 2.7.7: what a device may see of a chain. It ends where it breaks a rule.
+    fn model(memory: &GuestMemoryMmap, head: u16) -> Vec<(u64, u32, bool)> {
+        let (mut table, mut entries, mut index) = (TABLE, u32::from(SIZE), u32::from(head));
+        let (mut seen, mut steps, mut bytes, mut indirect) = (Vec::new(), 0, 0_u64, false);
+        // A chain is no longer than its table has entries: else it is a loop.
+        while index < entries && steps < entries {
+            let place = table.checked_add(u64::from(index) * 16).map(GuestAddress);
+            let Some(Ok(bits)) = place.map(|place| memory.read_obj::<u128>(place)) else {
+                break;
+            };
+            let part = |from: u32, bits_wide: u32| bits >> from & ((1 << bits_wide) - 1);
+            let address = u64::try_from(part(0, 64)).unwrap();
+            let length = u32::try_from(part(64, 32)).unwrap();
+            let (flags, next) = (part(96, 16), u32::try_from(part(112, 16)).unwrap());
+            let has = |flag: u16| flags & u128::from(flag) != 0;
+            if has(IS_TABLE) {
+                if indirect || length % 16 != 0 || length / 16 > u32::from(u16::MAX) {
+                    break;
+                }
+                (table, entries, index, steps, indirect) = (address, length / 16, 0, 0, true);
+                continue;
+            }
+            bytes += u64::from(length);
+            if bytes > u64::from(u32::MAX) {
+                break;
+            }
+            seen.push((address, length, has(WRITE)));
+            if !has(NEXT) {
+                break;
+            }
+            (index, steps) = (next, steps + 1);
+        }
+        seen
+    }
+
+    fn write_table(memory: &GuestMemoryMmap, at: u64, table: &[Raw]) {
+        for (index, &(address, length, flags, next)) in (0..).zip(table) {
+            let descriptor = Descriptor::new(address, length, flags, next);
+            let place = GuestAddress(at + index * 16);
+            memory.write_obj(descriptor, place).unwrap();
+        }
+    }
+
+    fn queue(memory: &GuestMemoryMmap, heads: &[u16]) -> Queue {
+        let low = |address: u64| u32::try_from(address).unwrap();
+        let mut queue = Queue::new(SIZE).unwrap();
+        queue.set_size(SIZE);
+        queue.set_desc_table_address(Some(low(TABLE)), Some(0));
+        queue.set_avail_ring_address(Some(low(AVAIL)), Some(0));
+        queue.set_used_ring_address(Some(low(USED)), Some(0));
+        queue.set_ready(true);
+        for (slot, &head) in (0_u64..).zip(heads) {
+            let place = AVAIL + 4 + 2 * (slot % u64::from(SIZE));
+            memory.write_obj(head, GuestAddress(place)).unwrap();
+        }
+        let offered = u16::try_from(heads.len()).unwrap();
+        memory.write_obj(offered, GuestAddress(AVAIL + 2)).unwrap();
+        queue
+    }
+
+    proptest! {
+        #[test]
+        fn a_chain_is_walked_as_the_specification_says(
+            table in proptest::collection::vec(raw(), usize::from(SIZE)),
+            inner in proptest::collection::vec(raw(), 12),
+            heads in proptest::collection::vec(0..SIZE + 2, 1..=usize::from(SIZE)),
+        ) {
+            let memory = memory();
+            write_table(&memory, TABLE, &table);
+            write_table(&memory, INDIRECT, &inner);
+            let mut queue = queue(&memory, &heads);
+            for &head in &heads {
+                let chain = pop(&mut queue, &memory).unwrap().unwrap();
+                prop_assert_eq!(chain.head_index(), head);
+                let writable: Vec<_> = chain.clone().writable().collect();
+                let readable: Vec<_> = chain.clone().readable().collect();
+                let walked: Vec<_> = chain
+                    .map(|one| (one.addr().0, one.len(), one.is_write_only()))
+                    .collect();
+                prop_assert_eq!(writable.len() + readable.len(), walked.len());
+                prop_assert_eq!(walked, model(&memory, head));
+            }
+            prop_assert!(pop(&mut queue, &memory).unwrap().is_none());
+        }
+
+        #[test]
+        fn more_buffers_than_the_ring_has_room_for_are_a_broken_ring(offered: u16) {
+            let memory = memory();
+            let mut queue = queue(&memory, &[]);
+            memory.write_obj(offered, GuestAddress(AVAIL + 2)).unwrap();
+            prop_assert_eq!(pop(&mut queue, &memory).is_ok(), offered <= SIZE);
+        }
+    }
 }

@@ -7,7 +7,7 @@ use super::{BalloonControl, pages, statistics};
 use crate::{
     devices::virtio::{
         ActiveQueue, Interrupt,
-        queue::{self, QueueError, Round},
+        queue::{self, QueueError},
     },
     event_loop::Poll,
 };
@@ -89,10 +89,10 @@ fn run(mut queues: Vec<Served>, sides: &Sides<'_>, stop: &EventFd) -> Result<(),
 impl Served {
     /// Serves what the driver offered.
     fn kicked(&mut self, sides: &Sides<'_>) -> Result<(), QueueError> {
-        // The count of kicks says nothing; an error says that there was none.
-        let _ = self.active.kick.read();
         let (role, memory) = (self.role, sides.memory);
         if role == Role::Statistics {
+            // The count of kicks says nothing; an error says that there was none.
+            let _ = self.active.kick.read();
             return self.keep(sides);
         }
         let execute = &mut |chain: DescriptorChain<&GuestMemoryMmap>| {
@@ -104,12 +104,7 @@ impl Served {
             }
             0
         };
-        let queue = &mut self.active.queue;
-        if queue::serve_round(queue, memory, sides.interrupt, execute)? == Round::Full {
-            // Fails only when the counter is full, and then the event is readable.
-            let _ = self.active.kick.write(1);
-        }
-        Ok(())
+        queue::serve_kicked(&mut self.active, memory, sides.interrupt, execute)
     }
 
     /// Takes the buffer with the numbers and keeps it; another one stays in the queue until then.

@@ -86,6 +86,7 @@ impl FileSystem for Files {
     }
 
     fn destroy(&self) {
+        self.announcer.forget();
         self.handles.clear();
         // Without a descriptor to be had the old root stays, and with it what was known.
         if let Ok(root) = self.root.try_clone() {
@@ -376,11 +377,14 @@ impl FileSystem for Files {
 
     fn getxattr(
         &self,
-        _: &Context,
+        context: &Context,
         node: u64,
         name: &CStr,
         size: u32,
     ) -> io::Result<GetxattrReply> {
+        if self.announcer.meet(context.pid, name) {
+            return Ok(GetxattrReply::Count(0));
+        }
         let inode = self.inodes.get(node)?;
         Ok(match size {
             0 => GetxattrReply::Count(count(attributes::length(&inode.path, name)?)?),
@@ -401,9 +405,7 @@ impl FileSystem for Files {
     }
 
     fn opendir(&self, _: &Context, node: u64, _: u32) -> io::Result<(Option<u64>, OpenOptions)> {
-        let inode = self.inodes.get(node)?;
-        let file = self.reopen(&inode, OFlags::RDONLY | OFlags::DIRECTORY)?;
-        let handle = self.keep(node, &inode, file, 0)?;
+        let handle = self.open_node(node, OFlags::RDONLY.bits(), false)?;
         let kept = OpenOptions::KEEP_CACHE | OpenOptions::CACHE_DIR;
         Ok((Some(handle), kept))
     }

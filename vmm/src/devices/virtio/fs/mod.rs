@@ -4,6 +4,7 @@
 //! thread for each, so that what the guest forgets or interrupts (the high-priority queue) does not wait behind
 //! a slow request. The device must not open a path.
 
+mod announce;
 mod attributes;
 mod files;
 mod identity;

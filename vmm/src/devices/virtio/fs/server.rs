@@ -4,6 +4,7 @@
 //! the root of the VMM's own mount namespace, which is what confines the guest. Must not touch a file.
 
 use super::{
+    announce::Names,
     identity::{borrow, prepare_thread},
     tree::Files,
 };
@@ -174,9 +175,13 @@ impl Session<'_> {
         {
             return 0;
         }
-        let written = match request.clone().read_obj::<InHeader>() {
-            Ok(header) if matches!(header.opcode, COPY_FILE_RANGE | TMPFILE) => {
-                self.answer_extension(&header, request, answer)
+        let header = request.clone().read_obj::<InHeader>().ok();
+        let announced = header.and_then(|header| self.files().announcer.announces(&header));
+        let written = match header {
+            Some(header)
+                if announced.is_some() || matches!(header.opcode, COPY_FILE_RANGE | TMPFILE) =>
+            {
+                self.answer_extension(&header, announced, request, answer)
             }
             _ => {
                 let mut mapper = self.0.window.clone().map(Mapper);
@@ -194,9 +199,15 @@ impl Session<'_> {
             .unwrap_or(0)
     }
 
+    /// The share.
+    pub(super) fn files(&self) -> &Files {
+        &self.0.files
+    }
+
     fn answer_extension(
         &self,
         header: &InHeader,
+        announced: Option<Names>,
         mut request: Reader<'_>,
         mut answer: VirtioFsWriter<'_>,
     ) -> io::Result<usize> {
@@ -204,9 +215,10 @@ impl Session<'_> {
         let mut body = answer
             .split_at(size_of::<OutHeader>())
             .map_err(io::Error::other)?;
-        let result = match header.opcode {
-            TMPFILE => self.make_unnamed(header, &mut request, &mut body),
-            _ => self.copy(header, &mut request, &mut body),
+        let result = match (announced, header.opcode) {
+            (Some(names), _) => self.pretend(names, header, &mut request, &mut body),
+            (None, TMPFILE) => self.make_unnamed(header, &mut request, &mut body),
+            (None, _) => self.copy(header, &mut request, &mut body),
         };
         let error = result
             .err()

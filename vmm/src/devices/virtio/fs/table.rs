@@ -9,7 +9,9 @@ use rustix::{
 };
 use std::{
     collections::HashMap,
+    ffi::CStr,
     fs::File,
+    hash::{DefaultHasher, Hash, Hasher},
     os::fd::{AsFd, OwnedFd},
     sync::{
         Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
@@ -44,6 +46,13 @@ impl Inode {
     pub(super) fn mount(&self) -> u64 {
         self.identity.mount
     }
+
+    /// What stands for `name` in this directory.
+    pub(super) fn called(&self, name: &CStr) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        (self.identity, name).hash(&mut hasher);
+        hasher.finish()
+    }
 }
 
 /// Attributes of an open file, and the mount that it was reached by.
@@ -60,6 +69,8 @@ pub(super) fn status(file: impl AsFd) -> Result<Statx, Errno> {
 struct Known {
     inode: Arc<Inode>,
     lookups: u64,
+    /// The name by which it was last looked up.
+    called: u64,
 }
 
 #[derive(Default)]
@@ -100,7 +111,7 @@ impl Inodes {
         index.nodes.clear();
         index.by_identity.clear();
         index.last = index.last.max(ROOT);
-        index.insert(ROOT, path, &status);
+        index.insert(ROOT, path, &status, 0);
         Ok(())
     }
 
@@ -111,21 +122,46 @@ impl Inodes {
         Ok(known.inode.clone())
     }
 
-    /// Counts a look-up of the file that `path` is open for.
-    pub(super) fn look_up(&self, path: OwnedFd, status: &Statx) -> Result<u64, Errno> {
+    /// Counts a look-up of the file that `path` is open for and that was found by the name `called`.
+    pub(super) fn look_up(&self, path: OwnedFd, status: &Statx, called: u64) -> Result<u64, Errno> {
         let mut index = write(&self.index);
         if let Some(&node) = index.by_identity.get(&Identity::of(status)) {
             let known = index.nodes.get_mut(&node).ok_or(Errno::STALE)?;
             known.lookups = known.lookups.saturating_add(1);
+            known.called = called;
             return Ok(node);
         }
         if index.nodes.len() >= self.most {
             return Err(Errno::NFILE);
         }
-        let node = index.last.checked_add(1).ok_or(Errno::NFILE)?;
-        index.last = node;
-        index.insert(node, path, status);
+        let node = index.next()?;
+        index.insert(node, path, status, called);
         Ok(node)
+    }
+
+    /// Counts a look-up of what was last found by the name `called` and isn't the file that has it `now`.
+    pub(super) fn recall(
+        &self,
+        called: u64,
+        directory: bool,
+        now: Option<&Statx>,
+    ) -> Option<(u64, Arc<Inode>)> {
+        let now = now.map(Identity::of);
+        let mut index = write(&self.index);
+        let fits = |known: &Known| {
+            known.called == called
+                && (known.inode.kind == FileType::Directory) == directory
+                && Some(known.inode.identity) != now
+        };
+        let known = index.nodes.iter_mut().filter(|(_, known)| fits(known));
+        let (&node, known) = known.max_by_key(|&(&node, _)| node)?;
+        known.lookups = known.lookups.saturating_add(1);
+        Some((node, known.inode.clone()))
+    }
+
+    /// A node that nothing is and nothing will be.
+    pub(super) fn unused(&self) -> Result<u64, Errno> {
+        write(&self.index).next()
     }
 
     /// Takes back `count` look-ups. The root is never forgotten.
@@ -144,7 +180,12 @@ impl Inodes {
 }
 
 impl Index {
-    fn insert(&mut self, node: u64, path: OwnedFd, status: &Statx) {
+    fn next(&mut self) -> Result<u64, Errno> {
+        self.last = self.last.checked_add(1).ok_or(Errno::NFILE)?;
+        Ok(self.last)
+    }
+
+    fn insert(&mut self, node: u64, path: OwnedFd, status: &Statx, called: u64) {
         let identity = Identity::of(status);
         let kind = FileType::from_raw_mode(status.stx_mode.into());
         let inode = Arc::new(Inode {
@@ -152,7 +193,12 @@ impl Index {
             kind,
             identity,
         });
-        self.nodes.insert(node, Known { inode, lookups: 1 });
+        let known = Known {
+            inode,
+            lookups: 1,
+            called,
+        };
+        self.nodes.insert(node, known);
         self.by_identity.insert(identity, node);
     }
 }

@@ -1,5 +1,6 @@
 //! The device against a driver that plays the guest's FUSE client.
 
+mod announced;
 mod client;
 
 use self::client::{Client, HIPRIO, IN, OUT, REQUEST, ROOT, take};
@@ -375,12 +376,15 @@ fn what_would_take_all_descriptors_is_refused() {
     };
     inodes.start(open("/").0).unwrap();
     let (path, status) = open("/proc");
-    let node = inodes.look_up(path, &status).unwrap();
+    let node = inodes.look_up(path, &status, 0).unwrap();
     let (path, status) = open("/sys");
-    assert_eq!(inodes.look_up(path, &status), Err(rustix::io::Errno::NFILE));
+    assert_eq!(
+        inodes.look_up(path, &status, 0),
+        Err(rustix::io::Errno::NFILE)
+    );
     inodes.forget(node, u64::MAX);
     let (path, status) = open("/sys");
-    assert_eq!(inodes.look_up(path, &status), Ok(node + 1));
+    assert_eq!(inodes.look_up(path, &status, 0), Ok(node + 1));
 }
 
 /// A piece of a chain: an address and a length, whatever they say.

@@ -5,6 +5,7 @@
 //! or socket is shown and never opened, as its meaning is the guest kernel's. Must not know a message.
 
 use super::{
+    announce::Announcer,
     attributes,
     identity::Identity,
     table::{Handle, Handles, Inode, Inodes, ROOT, status},
@@ -14,7 +15,7 @@ use fuse_backend_rs::{
     api::filesystem::{Context, DirEntry, Entry},
 };
 use rustix::{
-    fs::{FileType, Mode, OFlags, RawDir, SeekFrom, openat, seek},
+    fs::{FileType, Mode, OFlags, RawDir, SeekFrom, Statx, openat, seek},
     io::Errno,
     path::DecInt,
 };
@@ -62,6 +63,8 @@ pub(super) struct Files {
     pub(super) may_write_back: bool,
     /// Whether it does.
     pub(super) writes_back: AtomicBool,
+    /// Who tells the guest what the host changed.
+    pub(super) announcer: Announcer,
 }
 
 impl Files {
@@ -80,6 +83,7 @@ impl Files {
             handles: Handles::new(descriptors),
             may_write_back,
             writes_back: AtomicBool::new(false),
+            announcer: Announcer::default(),
         };
         files.inodes.start(files.root.try_clone()?)?;
         Ok(files)
@@ -111,7 +115,7 @@ impl Files {
     }
 
     /// Keeps `file`, which was opened by `inode` with these flags of the guest.
-    pub(super) fn keep(&self, node: u64, inode: &Inode, file: File, flags: u32) -> io::Result<u64> {
+    fn keep(&self, node: u64, inode: &Inode, file: File, flags: u32) -> io::Result<u64> {
         let appends = OFlags::from_bits_retain(flags).contains(OFlags::APPEND);
         let append = if appends && !self.writes_back.load(Ordering::Relaxed) {
             let flags = self.flags(flags).difference(OFlags::TRUNC) | OFlags::APPEND;
@@ -130,26 +134,33 @@ impl Files {
 
     /// Looks up one name.
     pub(super) fn entry(&self, parent: &Inode, name: &CStr) -> io::Result<Entry> {
-        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let path = openat(&parent.path, name, flags, Mode::empty())?;
-        self.admit(path, parent)
+        let (path, status) = self.find(parent, name)?;
+        let node = self.inodes.look_up(path, &status, parent.called(name))?;
+        Ok(Self::entry_of(node, &status, parent))
     }
 
-    /// Tells the guest of a file in `parent`, and remembers that.
-    fn admit(&self, path: OwnedFd, parent: &Inode) -> io::Result<Entry> {
+    /// What the host has by this name.
+    pub(super) fn find(&self, parent: &Inode, name: &CStr) -> io::Result<(OwnedFd, Statx)> {
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let path = openat(&parent.path, name, flags, Mode::empty())?;
         let status = status(&path)?;
+        Ok((path, status))
+    }
+
+    /// What the guest is told of a file in `parent`.
+    pub(super) fn entry_of(node: u64, status: &Statx, parent: &Inode) -> Entry {
         let directory = FileType::from_raw_mode(status.stx_mode.into()) == FileType::Directory;
         // Another file system of the host is another one in the guest too, or numbers of inodes would be those of
         // several files.
         let other = directory && status.stx_mnt_id != parent.mount();
-        Ok(Entry {
-            inode: self.inodes.look_up(path, &status)?,
+        Entry {
+            inode: node,
             generation: 0,
-            attr: attributes::of(&status),
+            attr: attributes::of(status),
             attr_flags: if other { ATTR_SUBMOUNT } else { 0 },
             attr_timeout: FRESHNESS,
             entry_timeout: FRESHNESS,
-        })
+        }
     }
 
     /// Makes a name in `parent` as the guest's user, and looks it up.
@@ -191,7 +202,10 @@ impl Files {
         let link = DecInt::from_fd(&file);
         let flags = OFlags::PATH | OFlags::CLOEXEC;
         let path = openat(&self.links, link.as_c_str(), flags, Mode::empty())?;
-        let entry = self.admit(path, &directory)?;
+        let status = status(&path)?;
+        let called = directory.called(name);
+        let node = self.inodes.look_up(path, &status, called)?;
+        let entry = Self::entry_of(node, &status, &directory);
         let inode = self.inodes.get(entry.inode)?;
         let handle = self.keep(entry.inode, &inode, file.into(), args.flags)?;
         Ok((entry, handle))

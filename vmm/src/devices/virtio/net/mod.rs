@@ -37,6 +37,8 @@ pub use self::{tap::TapError, vhost::VhostError};
 
 const DATA_QUEUE_SIZE: u16 = 256;
 const CONTROL_QUEUE_SIZE: u16 = 64;
+/// Packets after which a thread looks for other work.
+const ROUND_PACKETS: usize = 64;
 
 /// Why a network cannot be attached.
 #[derive(Debug, thiserror::Error)]

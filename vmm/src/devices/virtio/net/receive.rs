@@ -4,7 +4,7 @@
 //! packet is read; what a packet leaves over is for the next one. Must not wait for anything.
 
 use super::{
-    Wait,
+    ROUND_PACKETS, Wait,
     link::Link,
     packet::{self, Buffer, HEADER_BYTES, Piece, Used},
     ring::Ring,
@@ -13,9 +13,6 @@ use super::{
 use crate::devices::virtio::{Interrupt, rate_limit::RateLimiter};
 use std::{collections::VecDeque, io};
 use vm_memory::GuestMemoryMmap;
-
-/// Packets after which the thread looks for other work.
-const ROUND_PACKETS: usize = 64;
 
 /// Whether a packet can be read.
 enum Gathered {

@@ -4,7 +4,7 @@
 //! Must not wait for anything.
 
 use super::{
-    Wait,
+    ROUND_PACKETS, Wait,
     link::Link,
     packet::{self, HEADER_BYTES, Piece, Used},
     ring::Ring,
@@ -13,9 +13,6 @@ use super::{
 use crate::devices::virtio::{Interrupt, rate_limit::RateLimiter};
 use std::io;
 use vm_memory::GuestMemoryMmap;
-
-/// Packets after which the thread looks for other work.
-const ROUND_PACKETS: usize = 64;
 
 /// The transmitting half of a pair.
 pub(super) struct Transmitter<'m> {
