@@ -29,6 +29,8 @@ pub enum Mode {
     Change,
     /// Makes it; there must be none.
     Create,
+    /// Makes it beside others of its kind, which must not be the same.
+    Add,
     /// Lists all there is.
     Dump,
 }
@@ -55,6 +57,7 @@ pub fn request(kind: u16, mode: Mode, body: &[u8]) -> Vec<u8> {
         | match mode {
             Mode::Change => ACKNOWLEDGE,
             Mode::Create => ACKNOWLEDGE | CREATE | EXCLUSIVE,
+            Mode::Add => ACKNOWLEDGE | CREATE,
             Mode::Dump => DUMP,
         };
     let length = u32::try_from(HEADER_BYTES + body.len()).unwrap_or(u32::MAX);

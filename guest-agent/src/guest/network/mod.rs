@@ -95,7 +95,12 @@ impl Network {
         }
         self.messages = messages;
         for message in &self.messages {
-            let added = socket.change(message.subject.kind(), Mode::Create, &message.body);
+            let mode = match message.subject {
+                // IPv6 has one of the same destination for each interface.
+                Subject::Link | Subject::Route => Mode::Add,
+                _ => Mode::Create,
+            };
+            let added = socket.change(message.subject.kind(), mode, &message.body);
             match added {
                 Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
                     let attempted = format!("add {}", message.subject.name());
