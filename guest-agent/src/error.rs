@@ -49,9 +49,10 @@ impl From<GuestError> for ttrpc::Error {
     fn from(error: GuestError) -> Self {
         let code = match &error {
             GuestError::SetUpAlready => Code::FAILED_PRECONDITION,
-            GuestError::Hostname(_) | GuestError::Clock(_) | GuestError::Tag(_) => {
-                Code::INVALID_ARGUMENT
-            }
+            GuestError::Hostname(_)
+            | GuestError::Clock(_)
+            | GuestError::Tag(_)
+            | GuestError::Vcpus(_) => Code::INVALID_ARGUMENT,
             GuestError::System { .. } => Code::INTERNAL,
         };
         status(&error, code)

@@ -4,7 +4,7 @@
 
 use crate::{
     cgroup::stats,
-    guest::Guest,
+    guest::{Guest, online},
     reaper::Exit,
     task::{AddProcess, CreateContainer, Status, StdioNames, TaskError, Tasks},
 };
@@ -222,6 +222,15 @@ impl guest_ttrpc::Guest for GuestService {
             kernel_release,
             ..Default::default()
         })
+    }
+
+    async fn online(
+        &self,
+        _: &TtrpcContext,
+        r: guest_api::OnlineRequest,
+    ) -> Result<guest_api::OnlineResponse> {
+        online::vcpus(r.vcpus).await?;
+        Ok(guest_api::OnlineResponse::new())
     }
 
     async fn shutdown(

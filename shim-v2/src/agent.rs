@@ -141,6 +141,19 @@ impl Agent {
         Ok(())
     }
 
+    /// `Guest.Online`.
+    pub(crate) async fn online(&self, vcpus: u8) -> Result<(), AgentError> {
+        let request = guest::OnlineRequest {
+            vcpus: vcpus.into(),
+            ..Default::default()
+        };
+        call("Online", CALL_DEADLINE, |context| {
+            self.guest.online(context, &request)
+        })
+        .await?;
+        Ok(())
+    }
+
     /// `Guest.Shutdown`.
     pub(crate) async fn shutdown(&self) -> Result<(), AgentError> {
         let request = guest::ShutdownRequest::default();

@@ -323,7 +323,7 @@ impl Sandbox {
     ) -> Result<(), ShimError> {
         self.container(&request.id)?;
         let machine = self.living()?;
-        machine.ask(machine.agent().update(&request)).await
+        machine.update(request).await
     }
 
     /// Stats.

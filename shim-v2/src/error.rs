@@ -3,8 +3,8 @@
 //! containerd maps the codes to its own errors (its `errdefs` package); its clients print the message.
 
 use crate::{
-    agent::AgentError, config::ConfigError, io::IoError, machine::MachineError, spec::SpecError,
-    storage::StorageError, vm::VmError,
+    agent::AgentError, config::ConfigError, io::IoError, machine::MachineError, size::SizeError,
+    spec::SpecError, storage::StorageError, vm::VmError,
 };
 use std::{error::Error, path::PathBuf};
 use ttrpc::Code;
@@ -155,7 +155,7 @@ fn machine_code(error: &MachineError) -> Code {
         MachineError::Config(ConfigError::Read { .. }) => Code::FAILED_PRECONDITION,
         MachineError::Config(_) => Code::INVALID_ARGUMENT,
         MachineError::Cgroup(crate::cgroup::CgroupError::Path(_)) => Code::INVALID_ARGUMENT,
-        MachineError::Cgroup(crate::cgroup::CgroupError::NotVersion2) => Code::FAILED_PRECONDITION,
+        MachineError::Cgroup(crate::cgroup::CgroupError::NoHierarchy) => Code::FAILED_PRECONDITION,
         MachineError::Storage(error) => match error {
             StorageError::NoVolume(_) => Code::NOT_FOUND,
             StorageError::VolumeKind { .. } | StorageError::Options { .. } => Code::UNIMPLEMENTED,
@@ -165,18 +165,24 @@ fn machine_code(error: &MachineError) -> Code {
         MachineError::Vm(VmError::Image { .. } | VmError::Unbootable { .. } | VmError::Kvm(_)) => {
             Code::FAILED_PRECONDITION
         }
-        MachineError::Vm(VmError::Refused { kind, .. }) => match kind {
-            FailureKind::Image | FailureKind::Kvm | FailureKind::State => Code::FAILED_PRECONDITION,
-            FailureKind::Config => Code::INVALID_ARGUMENT,
-            FailureKind::NotFound => Code::NOT_FOUND,
-            FailureKind::Unsupported => Code::UNIMPLEMENTED,
-            FailureKind::Full => Code::RESOURCE_EXHAUSTED,
-            FailureKind::Internal => Code::INTERNAL,
-        },
-        MachineError::Vm(VmError::Deadline { .. }) => Code::DEADLINE_EXCEEDED,
+        MachineError::Vm(VmError::Refused { kind, .. } | VmError::Request { kind, .. }) => {
+            match kind {
+                FailureKind::Image | FailureKind::Kvm | FailureKind::State => {
+                    Code::FAILED_PRECONDITION
+                }
+                FailureKind::Config => Code::INVALID_ARGUMENT,
+                FailureKind::NotFound => Code::NOT_FOUND,
+                FailureKind::Unsupported => Code::UNIMPLEMENTED,
+                FailureKind::Full => Code::RESOURCE_EXHAUSTED,
+                FailureKind::Internal => Code::INTERNAL,
+            }
+        }
+        MachineError::Vm(VmError::Deadline { .. } | VmError::Silent(_)) => Code::DEADLINE_EXCEEDED,
         MachineError::Agent(error) => agent_code(error),
         MachineError::Vm(_) | MachineError::Ended(_) => Code::UNAVAILABLE,
-        MachineError::Cgroup(_) | MachineError::Task(_) => Code::INTERNAL,
+        MachineError::Size(SizeError::Room { .. }) => Code::FAILED_PRECONDITION,
+        MachineError::Size(_) => Code::INVALID_ARGUMENT,
+        MachineError::Cgroup(_) | MachineError::Host(_) | MachineError::Task(_) => Code::INTERNAL,
     }
 }
 

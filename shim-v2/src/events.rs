@@ -9,8 +9,8 @@ use crate::container::{Exit, Process};
 use containerd_shim_protos::{
     api::{CreateTaskRequest, ForwardRequest},
     events::task::{
-        TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskPaused,
-        TaskResumed, TaskStart,
+        TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskOOM,
+        TaskPaused, TaskResumed, TaskStart,
     },
     shim::event::Envelope,
     shim_async::EventsClient,
@@ -176,6 +176,19 @@ impl Events {
         self.publish(
             topics::TASK_RESUMED_EVENT_TOPIC,
             "containerd.events.TaskResumed",
+            &event,
+        );
+    }
+
+    /// A container's memory, or that of its whole Pod, was used up.
+    pub(crate) fn out_of_memory(&self, container_id: &str) {
+        let event = TaskOOM {
+            container_id: container_id.to_owned(),
+            ..TaskOOM::default()
+        };
+        self.publish(
+            topics::TASK_OOM_EVENT_TOPIC,
+            "containerd.events.TaskOOM",
             &event,
         );
     }

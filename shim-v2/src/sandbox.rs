@@ -122,7 +122,7 @@ impl Sandbox {
     ) -> Result<(Arc<Machine>, Container), ShimError> {
         let bundle = PathBuf::from(&request.bundle);
         let host_spec = read_spec(&bundle.join("config.json"))?;
-        let part = spec::host_part(&host_spec);
+        let part = spec::host_part(&host_spec)?;
         let Translation { guest, volumes } = spec::translate(host_spec, &request.id)?;
         let json = serde_json::to_vec(&guest).map_err(|source| ShimError::Json {
             what: "the guest's configuration",
@@ -137,7 +137,13 @@ impl Sandbox {
             bundle: bundle.clone(),
             volumes,
         };
-        machine.expose(needs).await?;
+        if let Some(limits) = part.wanted.container {
+            machine.admit(&request.id, limits).await?;
+        }
+        if let Err(error) = machine.expose(needs).await {
+            machine.dismiss(&request.id).await;
+            return Err(error.into());
+        }
         let stdio = Stdio {
             stdin: request.stdin.clone(),
             stdout: request.stdout.clone(),
@@ -347,6 +353,9 @@ pub(crate) async fn watch_process(machine: Arc<Machine>, process: Arc<Process>, 
         () = machine.exited() => Exit::now(KILLED),
         exit = process.marked_stopped() => exit,
     };
+    if process.is_init() && machine.was_out_of_memory() {
+        events.out_of_memory(process.container_id());
+    }
     process.settled().await;
     process.finish_streams().await;
     process.stopped(exit);

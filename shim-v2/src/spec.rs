@@ -4,7 +4,10 @@
 //! only what has no meaning beyond the host: its namespaces and its file systems.
 //! OCI runtime specification 1.2, config.md and config-linux.md.
 
-use crate::mounts::{Bind, MountOptionsError, parse_options};
+use crate::{
+    mounts::{Bind, MountOptionsError, parse_options},
+    size::{SizeError, Wanted},
+};
 use oci_spec::runtime::{LinuxNamespaceType, Mount, Spec};
 use std::path::{Path, PathBuf};
 use walnut_agent_api::SHARE_MOUNT_POINT;
@@ -43,6 +46,8 @@ pub(crate) struct HostPart {
     pub(crate) hostname: Option<String>,
     /// How readily the host's kernel kills the VM when memory is short.
     pub(crate) oom_score_adj: i32,
+    /// How large the VM shall be.
+    pub(crate) wanted: Wanted,
 }
 
 /// Why a configuration is refused.
@@ -88,15 +93,19 @@ pub(crate) enum SpecError {
         /// Why.
         source: MountOptionsError,
     },
+    /// What sizes the VM.
+    #[error(transparent)]
+    Size(#[from] SizeError),
     /// Without it there is nothing to run.
     #[error("{0} is missing")]
     Missing(&'static str),
 }
 
 /// What the sandbox needs from the configuration.
-pub(crate) fn host_part(spec: &Spec) -> HostPart {
+pub(crate) fn host_part(spec: &Spec) -> Result<HostPart, SpecError> {
     let linux = spec.linux().as_ref();
-    HostPart {
+    Ok(HostPart {
+        wanted: Wanted::of(spec)?,
         cgroups_path: linux.and_then(|linux| linux.cgroups_path().clone()),
         hostname: spec.hostname().clone(),
         oom_score_adj: spec
@@ -104,7 +113,7 @@ pub(crate) fn host_part(spec: &Spec) -> HostPart {
             .as_ref()
             .and_then(oci_spec::runtime::Process::oom_score_adj)
             .unwrap_or(0),
-    }
+    })
 }
 
 /// Rewrites a configuration for the guest.
@@ -127,6 +136,12 @@ fn translate_linux(spec: &mut Spec, container_id: &str) -> Result<(), SpecError>
     };
     // The host's cgroup holds the VM; this container's own is made by the guest's kernel.
     linux.set_cgroups_path(Some(Path::new("/").join(container_id)));
+    // These number the host's CPUs and memory nodes, to which the VMM is bound.
+    let resources = linux.resources_mut().as_mut();
+    if let Some(cpu) = resources.and_then(|resources| resources.cpu_mut().as_mut()) {
+        cpu.set_cpus(None);
+        cpu.set_mems(None);
+    }
     let Some(namespaces) = linux.namespaces_mut() else {
         return Ok(());
     };

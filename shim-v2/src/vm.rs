@@ -13,6 +13,7 @@ use crate::{
     control::{self, Control, ControlError},
     error::printable,
     process_file::{self, ProcessFileError},
+    size::Size,
     state_dir::StateDir,
 };
 use rustix::{
@@ -35,7 +36,7 @@ use std::{
 use tokio::{
     io::AsyncReadExt as _,
     process::{Child, ChildStderr, Command},
-    sync::{Notify, watch},
+    sync::{Mutex, Notify, watch},
     time::timeout,
 };
 use walnut_vmm_api::{
@@ -53,6 +54,8 @@ const CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=k random.trust_cpu=on
 const BOOT_DEADLINE: Duration = Duration::from_secs(120);
 /// From a killed process to its last message or exit status.
 const EXIT_DEADLINE: Duration = Duration::from_secs(10);
+/// A request of a VM that runs; it waits for nothing of the guest.
+const REQUEST_DEADLINE: Duration = Duration::from_secs(30);
 const MAX_STDERR_BYTES: usize = 8 * 1024;
 const MAX_CONSOLE_BYTES: u64 = 4 * 1024;
 const MAX_REASON_BYTES: usize = 3 * 1024;
@@ -119,6 +122,19 @@ pub(crate) enum VmError {
     /// The VMM ended.
     #[error("the VM ended before its guest was ready: {0}")]
     Ended(String),
+    /// The VMM refused what was asked of a VM that runs.
+    #[error("the VMM cannot {what}: {reason}")]
+    Request {
+        /// What was asked.
+        what: &'static str,
+        /// What to act on.
+        kind: FailureKind,
+        /// Its own words.
+        reason: String,
+    },
+    /// No answer.
+    #[error("the VMM did not answer the request to {0}")]
+    Silent(&'static str),
     /// Nothing happened.
     #[error("the guest was not ready after {} s; its console: {console}", BOOT_DEADLINE.as_secs())]
     Deadline {
@@ -137,6 +153,10 @@ pub(crate) struct Plan<'a> {
     pub(crate) cgroup: &'a Cgroup,
     /// What the guest sees; a mount point.
     pub(crate) share: &'a Path,
+    /// Its size at first.
+    pub(crate) size: Size,
+    /// What it can grow to.
+    pub(crate) most: Size,
     /// How readily the host's kernel kills it.
     pub(crate) oom_score_adj: i32,
 }
@@ -153,6 +173,8 @@ struct Ended {
 pub(crate) struct Vm {
     pid: u32,
     control: Control,
+    /// Held from a request to its answer.
+    asking: Mutex<()>,
     ended: watch::Receiver<Option<Ended>>,
     kill: Arc<Notify>,
     console: PathBuf,
@@ -224,6 +246,7 @@ impl Vm {
         Self {
             pid,
             control,
+            asking: Mutex::default(),
             ended,
             kill,
             console,
@@ -256,6 +279,33 @@ impl Vm {
                     return Err(VmError::Refused { kind, reason });
                 }
                 Err(error) => return Err(self.reason_of_end().await.unwrap_or(error.into())),
+            }
+        }
+    }
+
+    /// Asks something of a VM that runs, and answers what the VMM says.
+    pub(crate) async fn request(
+        &self,
+        what: &'static str,
+        request: &Request,
+    ) -> Result<Message, VmError> {
+        let answer = async {
+            let _asking = self.asking.lock().await;
+            self.control.send(request, &[]).await?;
+            self.control.receive().await
+        };
+        match timeout(REQUEST_DEADLINE, answer).await {
+            Ok(Ok(Message::Failed { kind, error })) => Err(VmError::Request {
+                what,
+                kind,
+                reason: printable(&error, MAX_REASON_BYTES),
+            }),
+            Ok(Ok(message)) => Ok(message),
+            Ok(Err(error)) => Err(self.reason_of_end().await.unwrap_or(error.into())),
+            // What would be answered next is this request, so that nothing can be asked any more.
+            Err(_) => {
+                self.kill.notify_one();
+                Err(VmError::Silent(what))
             }
         }
     }
@@ -405,8 +455,10 @@ fn open_files(plan: &Plan<'_>) -> Result<(VmConfig, Vec<OwnedFd>), VmError> {
         share,
     ];
     let vm = VmConfig {
-        vcpus: config.vcpus,
-        memory_mib: config.memory_mib,
+        vcpus: plan.size.vcpus,
+        max_vcpus: Some(plan.most.vcpus),
+        memory_mib: plan.size.memory_mib,
+        max_memory_mib: Some(plan.most.memory_mib),
         cmdline: CMDLINE.to_owned(),
         initramfs: Some(FdSlot(2)),
         vsock: Some(VsockConfig {
@@ -452,8 +504,10 @@ fn spawn(plan: &Plan<'_>, control: OwnedFd) -> Result<Child, VmError> {
         .stderr(Stdio::piped())
         .kill_on_drop(true);
     let enter = move || {
-        // "0" is the writing process. Both calls are plain system calls.
-        rustix::io::write(&procs, b"0")?;
+        for file in &procs {
+            // "0" is the writing process. Both calls are plain system calls.
+            rustix::io::write(file, b"0")?;
+        }
         // SAFETY: dup2 only changes the descriptor table of this forked child, and descriptor 3 belongs
         // to the shim's runtime, whose copy in the child is not used any more.
         let result = unsafe { libc::dup2(control.as_raw_fd(), CONTROL_FD) };
