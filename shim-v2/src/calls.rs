@@ -125,6 +125,7 @@ impl Sandbox {
             stdout: request.stdout.clone(),
             stderr: request.stderr.clone(),
             terminal: request.terminal,
+            owner: (self.events.namespace(), request.exec_id.clone()),
         };
         let machine = self.living()?;
         let agent = machine.agent();

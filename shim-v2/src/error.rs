@@ -123,7 +123,7 @@ impl ShimError {
             Self::Bundle { .. } => Code::NOT_FOUND,
             Self::VmEnded(_) => Code::UNAVAILABLE,
             Self::Io(IoError::Scheme { .. }) => Code::UNIMPLEMENTED,
-            Self::Io(IoError::Open { .. }) => Code::INVALID_ARGUMENT,
+            Self::Io(IoError::Open { .. } | IoError::LogBinary(_)) => Code::INVALID_ARGUMENT,
             Self::Io(IoError::Stream { source, .. }) | Self::Agent(source) => agent_code(source),
             Self::Machine(error) => machine_code(error),
             Self::Task(_) => Code::INTERNAL,

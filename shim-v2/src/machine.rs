@@ -456,7 +456,7 @@ mod tests {
             guest,
             serde_json::from_str::<serde_json::Value>(expected).unwrap()
         );
-        assert!(split_update(b"[]").is_err() && split_update(b"").is_err());
+        assert!(split_update(b"5").is_err() && split_update(b"").is_err());
     }
 
     #[test]

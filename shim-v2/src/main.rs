@@ -19,6 +19,7 @@ mod error;
 mod events;
 mod io;
 mod log;
+mod log_binary;
 mod machine;
 mod mounts;
 mod process_file;
@@ -31,6 +32,7 @@ mod spec;
 mod state_dir;
 mod storage;
 mod vm;
+mod vm_end;
 
 use args::{Args, Command};
 use std::process::ExitCode;

@@ -149,6 +149,7 @@ impl Sandbox {
             stdout: request.stdout.clone(),
             stderr: request.stderr.clone(),
             terminal: request.terminal,
+            owner: (self.events.namespace(), request.id.clone()),
         };
         match create_in_guest(&machine, &request.id, json, stdio).await {
             Ok(init) => {
@@ -269,6 +270,8 @@ impl Sandbox {
         if !machine.has_exited() {
             delete_in_guest(&machine, id, "").await?;
         }
+        // Whoever reads may have come back, and takes what is left.
+        container.init.finish_streams().await;
         container.init.drop_streams();
         for exec in container.execs.all() {
             exec.drop_streams();

@@ -15,6 +15,7 @@ use crate::{
     process_file::{self, ProcessFileError},
     size::Size,
     state_dir::StateDir,
+    vm_end::{MAX_REASON_BYTES, console_tail, describe_status, read_stderr},
 };
 use rustix::{
     fs::{Mode, OFlags},
@@ -26,7 +27,7 @@ use std::{
     io,
     os::{
         fd::{AsFd as _, AsRawFd as _, OwnedFd},
-        unix::{fs::OpenOptionsExt as _, net::UnixListener, process::ExitStatusExt as _},
+        unix::{fs::OpenOptionsExt as _, net::UnixListener},
     },
     path::{Path, PathBuf},
     process::{ExitStatus, Stdio},
@@ -34,13 +35,12 @@ use std::{
     time::Duration,
 };
 use tokio::{
-    io::AsyncReadExt as _,
-    process::{Child, ChildStderr, Command},
+    process::{Child, Command},
     sync::{Mutex, Notify, watch},
     time::timeout,
 };
 use walnut_vmm_api::{
-    CONTROL_FD, FailureKind, FdSlot, Message, Request, ShareConfig, VmConfig, VmmExit, VsockConfig,
+    CONTROL_FD, FailureKind, FdSlot, Message, Request, ShareConfig, VmConfig, VsockConfig,
 };
 
 /// Tag of the shared directory.
@@ -56,9 +56,6 @@ const BOOT_DEADLINE: Duration = Duration::from_secs(120);
 const EXIT_DEADLINE: Duration = Duration::from_secs(10);
 /// A request of a VM that runs; it waits for nothing of the guest.
 const REQUEST_DEADLINE: Duration = Duration::from_secs(30);
-const MAX_STDERR_BYTES: usize = 8 * 1024;
-const MAX_CONSOLE_BYTES: u64 = 4 * 1024;
-const MAX_REASON_BYTES: usize = 3 * 1024;
 
 /// Why there is no VM.
 #[derive(Debug, thiserror::Error)]
@@ -371,55 +368,6 @@ impl Vm {
     }
 }
 
-fn describe_status(status: Option<ExitStatus>) -> String {
-    let Some(status) = status else {
-        return "its exit status is lost".to_owned();
-    };
-    match (status.code(), status.signal()) {
-        (Some(code), _) => match VmmExit::from_code(code) {
-            Some(exit) => exit.describe().to_owned(),
-            None => format!("walnut-vmm failed with status {code}"),
-        },
-        (None, Some(libc::SIGSYS)) => {
-            "walnut-vmm was killed for a system call that its jail forbids \
-             (SIGSYS; the host's audit log, `dmesg | grep type=1326`, tells which)"
-                .to_owned()
-        }
-        (None, Some(signal)) => format!("walnut-vmm was killed by signal {signal}"),
-        (None, None) => "walnut-vmm ended".to_owned(),
-    }
-}
-
-/// The last bytes of the console log: what the guest said, so bounded and printable.
-fn console_tail(path: &Path) -> String {
-    use std::io::{Read as _, Seek as _, SeekFrom};
-    let read = || -> io::Result<Vec<u8>> {
-        let mut file = File::open(path)?;
-        let length = file.metadata()?.len();
-        file.seek(SeekFrom::Start(length.saturating_sub(MAX_CONSOLE_BYTES)))?;
-        let mut bytes = Vec::new();
-        file.take(MAX_CONSOLE_BYTES).read_to_end(&mut bytes)?;
-        Ok(bytes)
-    };
-    let bytes = read().unwrap_or_default();
-    printable(String::from_utf8_lossy(&bytes).trim(), MAX_REASON_BYTES)
-}
-
-/// Reads to the end, so that the VMM never blocks, and keeps the last bytes.
-async fn read_stderr(stderr: Option<ChildStderr>) -> String {
-    let Some(mut stderr) = stderr else {
-        return String::new();
-    };
-    let mut kept = Vec::new();
-    let mut buffer = [0; 1024];
-    while let Ok(length @ 1..) = stderr.read(&mut buffer).await {
-        kept.extend_from_slice(buffer.get(..length).unwrap_or_default());
-        let excess = kept.len().saturating_sub(MAX_STDERR_BYTES);
-        kept.drain(..excess);
-    }
-    String::from_utf8_lossy(&kept).into_owned()
-}
-
 /// Opens what the VMM receives, in the order of the slots.
 fn open_files(plan: &Plan<'_>) -> Result<(VmConfig, Vec<OwnedFd>), VmError> {
     let host = |what, path: &Path| {
@@ -551,30 +499,6 @@ fn set_oom_score(pid: u32, score: i32) {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn ends_are_told_in_words() {
-        for (raw, expected) in [
-            (66 << 8, "the guest kernel panicked"),
-            (1 << 8, "walnut-vmm failed with status 1"),
-            (9, "walnut-vmm was killed by signal 9"),
-        ] {
-            assert_eq!(describe_status(Some(ExitStatus::from_raw(raw))), expected);
-        }
-        let forbidden = describe_status(Some(ExitStatus::from_raw(libc::SIGSYS)));
-        assert!(forbidden.contains("its jail forbids") && forbidden.contains("type=1326"));
-    }
-
-    #[test]
-    fn the_consoles_tail_is_bounded_and_printable() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("console");
-        assert_eq!(console_tail(&path), "");
-        fs::write(&path, format!("{}\u{1b}[1mpanic\n", "x".repeat(100_000))).unwrap();
-        let tail = console_tail(&path);
-        assert!(tail.len() <= MAX_REASON_BYTES + 3);
-        assert!(tail.chars().all(|character| !character.is_control()));
-    }
 
     #[test]
     fn a_missing_image_is_named_with_its_key() {
