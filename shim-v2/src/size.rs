@@ -44,7 +44,7 @@ pub(crate) enum SizeError {
     Cpus(String),
     /// Less than any VM needs.
     #[error(
-        "the Pod's cgroup on the host allows {room_mib} MiB of memory, but a VM needs {needed_mib}; \
+        "the Pod's cgroup on the host allows {room_mib} MiB of memory, but a VM needs {needed_mib} MiB; \
          raise the Pod's limit, or name the overhead in its RuntimeClass"
     )]
     Room {
