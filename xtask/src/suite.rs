@@ -349,6 +349,7 @@ fn order(name: &str) -> usize {
         "agent",
         "shim",
         "ctr",
+        "resources",
         "crash",
     ];
     let rung = name
