@@ -135,21 +135,30 @@ fn a_pod_is_as_large_as_its_limits_and_grows_with_them() -> Result<()> {
     has(booted + 378)?;
     let output = first.shell(hog)?.success()?;
     ensure!(output.text() == "190000000", "{output:?}");
-    // The host's CPUs are the VMM's, and not the guest's, business.
-    update(&first, &json!({ "cpu": { "cpus": "0", "mems": "0" } }))?;
-    for container in &others {
+    bound_to_a_cpu(&cgroup, &first, &others)?;
+
+    for container in others.into_iter().chain([first]) {
+        killed(&container)?;
+    }
+    leak.nothing_left()
+}
+
+fn killed(container: &Container) -> Result<()> {
+    container.kill("SIGKILL")?;
+    container.wait_for("STOPPED")?;
+    ensure!(container.task_status()? == 137, "no 137");
+    container.remove()
+}
+
+/// CPUs are the host's, so that the VMM is bound to them and the guest isn't told.
+fn bound_to_a_cpu(cgroup: &Path, first: &Container, others: &[Container]) -> Result<()> {
+    update(first, &json!({ "cpu": { "cpus": "0", "mems": "0" } }))?;
+    for container in others {
         update(container, &json!({ "cpu": { "cpus": "0" } }))?;
     }
     let cpus = fs::read_to_string(cgroup.join("cpuset.cpus"))?;
     ensure!(cpus.trim() == "0", "{cpus:?}");
-
-    for container in others.into_iter().chain([first]) {
-        container.kill("SIGKILL")?;
-        container.wait_for("STOPPED")?;
-        ensure!(container.task_status()? == 137, "no 137");
-        container.remove()?;
-    }
-    leak.nothing_left()
+    Ok(())
 }
 
 /// A cgroup as a kubelet makes it for a Pod.
