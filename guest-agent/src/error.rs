@@ -2,7 +2,12 @@
 //!
 //! containerd turns a code into its own error of that name, by which clients decide. Must not log.
 
-use crate::{container::refuse::SpecError, guest::GuestError, stdio::StdioError, task::TaskError};
+use crate::{
+    container::refuse::SpecError,
+    guest::{GuestError, network::NetworkError},
+    stdio::StdioError,
+    task::TaskError,
+};
 use std::error::Error;
 use ttrpc::{Code, get_status};
 
@@ -29,6 +34,7 @@ impl From<TaskError> for ttrpc::Error {
             TaskError::Id { .. }
             | TaskError::Signal(_)
             | TaskError::Size { .. }
+            | TaskError::Namespace { .. }
             | TaskError::Contradiction(_)
             | TaskError::Spec(_)
             | TaskError::Resources(_)
@@ -48,12 +54,15 @@ impl From<TaskError> for ttrpc::Error {
 impl From<GuestError> for ttrpc::Error {
     fn from(error: GuestError) -> Self {
         let code = match &error {
-            GuestError::SetUpAlready => Code::FAILED_PRECONDITION,
+            GuestError::SetUpAlready | GuestError::NotSetUp => Code::FAILED_PRECONDITION,
+            GuestError::Network(NetworkError::Interface(..) | NetworkError::Message(_)) => {
+                Code::INVALID_ARGUMENT
+            }
             GuestError::Hostname(_)
             | GuestError::Clock(_)
             | GuestError::Tag(_)
             | GuestError::Vcpus(_) => Code::INVALID_ARGUMENT,
-            GuestError::System { .. } => Code::INTERNAL,
+            GuestError::System { .. } | GuestError::Network(_) => Code::INTERNAL,
         };
         status(&error, code)
     }

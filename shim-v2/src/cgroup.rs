@@ -114,6 +114,13 @@ impl Cgroup {
         })
     }
 
+    /// Its directory; in version 1 one of several.
+    pub(crate) fn directory(&self) -> &Path {
+        self.leaves
+            .first()
+            .map_or(Path::new(ROOT), PathBuf::as_path)
+    }
+
     /// The files through which a process moves itself in.
     pub(crate) fn open_procs(&self) -> Result<Vec<File>, CgroupError> {
         let open = |leaf: &PathBuf| {

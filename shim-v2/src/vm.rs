@@ -12,6 +12,7 @@ use crate::{
     config::Config,
     control::{self, Control, ControlError},
     error::printable,
+    network::Nic,
     process_file::{self, ProcessFileError},
     size::Size,
     state_dir::StateDir,
@@ -48,14 +49,16 @@ pub(crate) const SHARE_TAG: &str = "walnut";
 /// The vsock device's other side is a Unix socket of this VM alone, so every guest may have the same id.
 const GUEST_CID: u32 = 3;
 /// Free memory is reported in pieces of 64 KiB, not only in whole huge pages: an idle Pod keeps less.
-const CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=k random.trust_cpu=on \
+const CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=k random.trust_cpu=on dummy.numdummies=0 \
     page_reporting.page_reporting_order=4";
 /// From spawn to the guest's init, on the slowest machine that we test on.
 const BOOT_DEADLINE: Duration = Duration::from_secs(120);
+/// For a request to a VM that runs: the VMM does all of them itself, at once.
+const REQUEST_DEADLINE: Duration = Duration::from_secs(30);
 /// From a killed process to its last message or exit status.
 const EXIT_DEADLINE: Duration = Duration::from_secs(10);
-/// A request of a VM that runs; it waits for nothing of the guest.
-const REQUEST_DEADLINE: Duration = Duration::from_secs(30);
+/// The names of places have four letters.
+const MAX_PLACE_BYTES: usize = 16;
 
 /// Why there is no VM.
 #[derive(Debug, thiserror::Error)]
@@ -116,22 +119,17 @@ pub(crate) enum VmError {
         /// The VMM's own words.
         reason: String,
     },
-    /// The VMM ended.
-    #[error("the VM ended before its guest was ready: {0}")]
-    Ended(String),
-    /// The VMM refused what was asked of a VM that runs.
-    #[error("the VMM cannot {what}: {reason}")]
+    /// The VMM refused a request, or answered wrongly.
+    #[error("the VMM could not {what}: {reason}")]
     Request {
-        /// What was asked.
+        /// What was asked of it.
         what: &'static str,
-        /// What to act on.
-        kind: FailureKind,
         /// Its own words.
         reason: String,
     },
-    /// No answer.
-    #[error("the VMM did not answer the request to {0}")]
-    Silent(&'static str),
+    /// The VMM ended.
+    #[error("the VM ended before its guest was ready: {0}")]
+    Ended(String),
     /// Nothing happened.
     #[error("the guest was not ready after {} s; its console: {console}", BOOT_DEADLINE.as_secs())]
     Deadline {
@@ -170,7 +168,7 @@ struct Ended {
 pub(crate) struct Vm {
     pid: u32,
     control: Control,
-    /// Held from a request to its answer.
+    /// Requests are answered in order, so that there is one at a time.
     asking: Mutex<()>,
     ended: watch::Receiver<Option<Ended>>,
     kill: Arc<Notify>,
@@ -185,8 +183,12 @@ impl Drop for Vm {
 
 impl Vm {
     /// Spawns the VMM, boots the guest, and answers once the guest's agent listens.
-    pub(crate) async fn boot(plan: &Plan<'_>) -> Result<Self, VmError> {
-        let (config, files) = open_files(plan)?;
+    pub(crate) async fn boot(plan: &Plan<'_>, nics: Vec<Nic>) -> Result<Self, VmError> {
+        let (mut config, mut files) = open_files(plan)?;
+        config.networks = nics
+            .into_iter()
+            .map(|nic| nic.hand_over(&mut files))
+            .collect();
         let (control, theirs) = control::pair()?;
         let child = spawn(plan, theirs)?;
         let vm = Self::watch(child, control, plan.state.console());
@@ -280,29 +282,70 @@ impl Vm {
         }
     }
 
-    /// Asks something of a VM that runs, and answers what the VMM says.
-    pub(crate) async fn request(
+    /// Changes the number of vCPUs, the MiB of memory, or both.
+    pub(crate) async fn resize(
+        &self,
+        vcpus: Option<u8>,
+        memory_mib: Option<u32>,
+    ) -> Result<(), VmError> {
+        let what = "resize the VM";
+        let request = Request::Resize { vcpus, memory_mib };
+        match self.ask(what, &request, &[]).await? {
+            Message::Done => Ok(()),
+            other => Err(unexpected(what, &other)),
+        }
+    }
+
+    /// Attaches a network device; answers the place that the guest finds it at.
+    pub(crate) async fn attach_network(&self, nic: Nic) -> Result<String, VmError> {
+        let mut files = Vec::new();
+        let request = Request::AttachNetwork(nic.hand_over(&mut files));
+        match self
+            .ask("attach a network device", &request, &files)
+            .await?
+        {
+            Message::Attached { name } => Ok(printable(&name, MAX_PLACE_BYTES)),
+            other => Err(unexpected("attach a network device", &other)),
+        }
+    }
+
+    /// Removes a device that the guest's driver has let go of.
+    pub(crate) async fn detach(&self, name: &str) -> Result<(), VmError> {
+        let request = Request::Detach {
+            name: name.to_owned(),
+        };
+        match self.ask("detach a device", &request, &[]).await? {
+            Message::Done => Ok(()),
+            other => Err(unexpected("detach a device", &other)),
+        }
+    }
+
+    /// One request and its answer, racing the VMM's end. A VMM that doesn't answer is ended: what it would say later
+    /// would answer something else.
+    async fn ask(
         &self,
         what: &'static str,
         request: &Request,
+        files: &[OwnedFd],
     ) -> Result<Message, VmError> {
-        let answer = async {
-            let _asking = self.asking.lock().await;
-            self.control.send(request, &[]).await?;
-            self.control.receive().await
+        let _one_at_a_time = self.asking.lock().await;
+        let files: Vec<_> = files.iter().map(|file| file.as_fd()).collect();
+        let exchange = async {
+            self.control.send(request, &files).await?;
+            loop {
+                match self.control.receive().await? {
+                    Message::GuestReady => {}
+                    answer => return Ok::<_, VmError>(answer),
+                }
+            }
         };
-        match timeout(REQUEST_DEADLINE, answer).await {
-            Ok(Ok(Message::Failed { kind, error })) => Err(VmError::Request {
-                what,
-                kind,
-                reason: printable(&error, MAX_REASON_BYTES),
-            }),
-            Ok(Ok(message)) => Ok(message),
-            Ok(Err(error)) => Err(self.reason_of_end().await.unwrap_or(error.into())),
-            // What would be answered next is this request, so that nothing can be asked any more.
+        match timeout(REQUEST_DEADLINE, exchange).await {
+            Ok(Ok(answer)) => Ok(answer),
+            Ok(Err(error)) => Err(self.reason_of_end().await.unwrap_or(error)),
             Err(_) => {
-                self.kill.notify_one();
-                Err(VmError::Silent(what))
+                self.kill().await;
+                let reason = format!("it did not answer within {} s", REQUEST_DEADLINE.as_secs());
+                Err(VmError::Request { what, reason })
             }
         }
     }
@@ -366,6 +409,14 @@ impl Vm {
             crate::log::line(&format!("walnut-vmm {} does not die", self.pid));
         }
     }
+}
+
+fn unexpected(what: &'static str, answer: &Message) -> VmError {
+    let reason = match answer {
+        Message::Failed { error, .. } => printable(error, MAX_REASON_BYTES),
+        _ => "its answer is to another request".to_owned(),
+    };
+    VmError::Request { what, reason }
 }
 
 /// Opens what the VMM receives, in the order of the slots.
