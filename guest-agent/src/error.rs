@@ -64,9 +64,10 @@ impl From<GuestError> for ttrpc::Error {
             GuestError::Network(NetworkError::Interface(..) | NetworkError::Message(_)) => {
                 Code::INVALID_ARGUMENT
             }
-            GuestError::Hostname(_) | GuestError::Clock(_) | GuestError::Tag(_) => {
-                Code::INVALID_ARGUMENT
-            }
+            GuestError::Hostname(_)
+            | GuestError::Clock(_)
+            | GuestError::Tag(_)
+            | GuestError::Vcpus(_) => Code::INVALID_ARGUMENT,
             GuestError::System { .. } | GuestError::Network(_) => Code::INTERNAL,
         };
         status(&error, code)

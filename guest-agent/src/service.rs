@@ -4,7 +4,7 @@
 
 use crate::{
     cgroup::stats,
-    guest::{Guest, changes::Volumes},
+    guest::{Guest, changes::Volumes, online},
     reaper::Exit,
     storage::Storage,
     task::{AddProcess, CreateContainer, Status, StdioNames, TaskError, Tasks},
@@ -262,6 +262,15 @@ impl guest_ttrpc::Guest for GuestService {
     ) -> Result<guest_api::RemoveStorageResponse> {
         self.storage.remove(&r.container_id)?;
         Ok(guest_api::RemoveStorageResponse::new())
+    }
+
+    async fn online(
+        &self,
+        _: &TtrpcContext,
+        r: guest_api::OnlineRequest,
+    ) -> Result<guest_api::OnlineResponse> {
+        online::vcpus(r.vcpus).await?;
+        Ok(guest_api::OnlineResponse::new())
     }
 
     async fn update_network(

@@ -181,6 +181,19 @@ impl Agent {
         Ok(())
     }
 
+    /// `Guest.Online`.
+    pub(crate) async fn online(&self, vcpus: u8) -> Result<(), AgentError> {
+        let request = guest::OnlineRequest {
+            vcpus: vcpus.into(),
+            ..Default::default()
+        };
+        call("Online", CALL_DEADLINE, |context| {
+            self.guest.online(context, &request)
+        })
+        .await?;
+        Ok(())
+    }
+
     /// `Guest.UpdateNetwork`.
     pub(crate) async fn update_network(&self, network: &guest::Network) -> Result<(), AgentError> {
         let request = guest::UpdateNetworkRequest {

@@ -136,6 +136,7 @@ impl Sandbox {
             stdout: request.stdout.clone(),
             stderr: request.stderr.clone(),
             terminal: request.terminal,
+            owner: (self.events.namespace(), request.exec_id.clone()),
         };
         let machine = self.living()?;
         let agent = machine.agent();
@@ -334,7 +335,7 @@ impl Sandbox {
     ) -> Result<(), ShimError> {
         self.container(&request.id)?;
         let machine = self.living()?;
-        machine.ask(machine.agent().update(&request)).await
+        machine.update(request).await
     }
 
     /// Stats.

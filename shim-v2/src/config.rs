@@ -23,11 +23,15 @@ pub(crate) struct Config {
     pub(crate) initramfs: PathBuf,
     /// vCPUs of a Pod.
     pub(crate) vcpus: u8,
-    /// Guest RAM of a Pod.
+    /// Guest RAM of a Pod that nothing limits.
     pub(crate) memory_mib: u32,
     /// MiB of guest RAM for what a container writes over an image's layers that are disks; 0: it goes to the host's
     /// snapshot.
     pub(crate) writable_layer_mib: u32,
+    /// vCPUs of a Pod at the most; as many as the host has where absent. Each costs guest memory, used or not.
+    pub(crate) max_vcpus: Option<u8>,
+    /// Guest RAM of a Pod at the most; as much as the host has where absent.
+    pub(crate) max_memory_mib: Option<u32>,
 }
 
 /// Why the configuration can't be used.
@@ -74,6 +78,8 @@ impl Default for Config {
             vcpus: 1,
             memory_mib: 256,
             writable_layer_mib: 0,
+            max_vcpus: None,
+            max_memory_mib: None,
         }
     }
 }
@@ -97,14 +103,14 @@ impl Config {
             path: path.to_owned(),
             message: describe(text, &error),
         })?;
+        let (vcpus, memory) = (config.vcpus.into(), config.memory_mib);
+        let max_vcpus = config.max_vcpus.map_or(vcpus, u32::from);
+        let max_memory = config.max_memory_mib.unwrap_or(memory);
         let ranges = [
-            ("vcpus", u32::from(config.vcpus), 1, u32::from(MAX_VCPUS)),
-            (
-                "memory_mib",
-                config.memory_mib,
-                MIN_MEMORY_MIB,
-                MAX_MEMORY_MIB,
-            ),
+            ("vcpus", vcpus, 1, MAX_VCPUS.into()),
+            ("memory_mib", memory, MIN_MEMORY_MIB, MAX_MEMORY_MIB),
+            ("max_vcpus", max_vcpus, vcpus, MAX_VCPUS.into()),
+            ("max_memory_mib", max_memory, memory, MAX_MEMORY_MIB),
         ];
         for (key, value, min, max) in ranges {
             if !(min..=max).contains(&value) {
@@ -156,6 +162,8 @@ mod tests {
             ("vcpus = ", "line 1:"),
             ("vcpus = 0", "vcpus is 0"),
             ("memory_mib = 1", "memory_mib is 1"),
+            ("vcpus = 2\nmax_vcpus = 1", "max_vcpus is 1"),
+            ("max_memory_mib = 100", "max_memory_mib is 100"),
         ] {
             let error = parse(text).unwrap_err().to_string();
             assert!(error.contains(expected), "{error}");

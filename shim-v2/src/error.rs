@@ -4,8 +4,8 @@
 
 use crate::{
     agent::AgentError, blocks::BlocksError, config::ConfigError, hooks::HookError, io::IoError,
-    machine::MachineError, network::NetworkError, pod_config::PodConfigError, spec::SpecError,
-    storage::StorageError, vm::VmError,
+    machine::MachineError, network::NetworkError, pod_config::PodConfigError, size::SizeError,
+    spec::SpecError, storage::StorageError, vm::VmError,
 };
 use std::{error::Error, path::PathBuf};
 use ttrpc::Code;
@@ -149,7 +149,7 @@ impl ShimError {
             Self::Hook(HookError::Task(_)) => Code::INTERNAL,
             Self::Hook(_) => Code::FAILED_PRECONDITION,
             Self::Io(IoError::Scheme { .. }) => Code::UNIMPLEMENTED,
-            Self::Io(IoError::Open { .. }) => Code::INVALID_ARGUMENT,
+            Self::Io(IoError::Open { .. } | IoError::LogBinary(_)) => Code::INVALID_ARGUMENT,
             Self::Io(IoError::Stream { source, .. }) | Self::Agent(source) => agent_code(source),
             Self::Machine(error) => machine_code(error),
             Self::File { .. } | Self::Task(_) => Code::INTERNAL,
@@ -181,7 +181,7 @@ fn machine_code(error: &MachineError) -> Code {
         MachineError::Config(ConfigError::Read { .. }) => Code::FAILED_PRECONDITION,
         MachineError::Config(_) => Code::INVALID_ARGUMENT,
         MachineError::Cgroup(crate::cgroup::CgroupError::Path(_)) => Code::INVALID_ARGUMENT,
-        MachineError::Cgroup(crate::cgroup::CgroupError::NotVersion2) => Code::FAILED_PRECONDITION,
+        MachineError::Cgroup(crate::cgroup::CgroupError::NoHierarchy) => Code::FAILED_PRECONDITION,
         MachineError::Network(error) => match error {
             NetworkError::HostNetwork(_) | NetworkError::Unmirrorable { .. } => Code::UNIMPLEMENTED,
             NetworkError::Namespace { .. } | NetworkError::Redirected(_) => {
@@ -215,7 +215,12 @@ fn machine_code(error: &MachineError) -> Code {
         MachineError::Agent(error) | MachineError::Disks(error) => agent_code(error),
         MachineError::Vm(_) | MachineError::Ended(_) => Code::UNAVAILABLE,
         MachineError::Blocks(BlocksError::NoDevice { .. }) => Code::NOT_FOUND,
-        MachineError::Blocks(_) | MachineError::Cgroup(_) | MachineError::Task(_) => Code::INTERNAL,
+        MachineError::Size(SizeError::Room { .. }) => Code::FAILED_PRECONDITION,
+        MachineError::Size(_) => Code::INVALID_ARGUMENT,
+        MachineError::Blocks(_)
+        | MachineError::Cgroup(_)
+        | MachineError::Host(_)
+        | MachineError::Task(_) => Code::INTERNAL,
     }
 }
 

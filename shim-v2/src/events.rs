@@ -2,8 +2,9 @@
 //!
 //! containerd's document (core/runtime/v2/README.md) asks that a task's events keep their order and that its
 //! exit is published. Publishing never waits: one worker forwards the events over
-//! `containerd.services.events.ttrpc.v1.Events`, reconnects, and gives an event up after some attempts, as
-//! containerd learns the truth from State and Wait when it comes back.
+//! `containerd.services.events.ttrpc.v1.Events`. While containerd is gone they wait, up to a bound, and are
+//! delivered when it is back; one that it refuses is given up after some attempts. One whose answer was lost
+//! comes twice.
 
 use crate::container::{Exit, Process};
 use containerd_shim_protos::{
@@ -24,12 +25,20 @@ use std::{
     },
     time::{Duration, SystemTime},
 };
-use tokio::sync::{mpsc, oneshot};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    time::timeout,
+};
 use ttrpc::r#async::{Client, transport::Socket};
 
 const ATTEMPTS: u32 = 5;
 const ATTEMPT_DEADLINE: Duration = Duration::from_secs(5);
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+/// Who waits for an event's delivery goes on after this: containerd is gone, and nobody asks.
+const SETTLE_DEADLINE: Duration = Duration::from_secs(5);
+/// Events that wait at the most; a Pod makes four for each container and four for each exec.
+const MAX_WAITING: usize = 8192;
 /// containerd reads the namespace of a ttrpc call from this key.
 const NAMESPACE_KEY: &str = "containerd-namespace-ttrpc";
 
@@ -37,6 +46,8 @@ const NAMESPACE_KEY: &str = "containerd-namespace-ttrpc";
 #[derive(Debug, Clone)]
 pub(crate) struct Events {
     queue: mpsc::UnboundedSender<Queued>,
+    waiting: watch::Sender<usize>,
+    namespace: Arc<str>,
     closed: Arc<AtomicBool>,
 }
 
@@ -57,6 +68,7 @@ pub(crate) struct Delivery(oneshot::Receiver<()>);
 struct Forwarder {
     address: String,
     namespace: String,
+    waiting: watch::Sender<usize>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -72,14 +84,47 @@ enum EventsError {
     Deadline,
 }
 
+impl EventsError {
+    /// Whether containerd is there and doesn't want the event, which another attempt hardly changes.
+    fn is_refusal(&self) -> bool {
+        let Self::Forward(ttrpc::Error::RpcStatus(status)) = self else {
+            return false;
+        };
+        use ttrpc::Code::{CANCELLED, DEADLINE_EXCEEDED, UNAVAILABLE};
+        ![CANCELLED, DEADLINE_EXCEEDED, UNAVAILABLE].contains(&status.code())
+    }
+}
+
 impl Events {
     /// Starts the worker. An empty address, as when the shim is run by hand, drops events.
     pub(crate) fn start(address: String, namespace: String) -> Self {
         let (queue, receiver) = mpsc::unbounded_channel();
-        tokio::spawn(Forwarder { address, namespace }.run(receiver));
+        let waiting = watch::Sender::new(0);
+        let forwarder = Forwarder {
+            address,
+            namespace: namespace.clone(),
+            waiting: waiting.clone(),
+        };
+        tokio::spawn(forwarder.run(receiver));
         Self {
             queue,
+            waiting,
+            namespace: namespace.into(),
             closed: Arc::default(),
+        }
+    }
+
+    /// containerd's namespace of the Pod.
+    pub(crate) fn namespace(&self) -> Arc<str> {
+        Arc::clone(&self.namespace)
+    }
+
+    /// Waits until every event is delivered, as the server is about to end.
+    pub(crate) async fn flush(&self) {
+        let mut waiting = self.waiting.subscribe();
+        let none = waiting.wait_for(|waiting| *waiting == 0);
+        if timeout(SETTLE_DEADLINE, none).await.is_err() {
+            crate::log::line("containerd did not take the last events");
         }
     }
 
@@ -180,7 +225,7 @@ impl Events {
         );
     }
 
-    /// Memory ran out for a container.
+    /// A container's memory, or that of its whole Pod, was used up.
     pub(crate) fn out_of_memory(&self, container_id: &str) -> Delivery {
         let event = TaskOOM {
             container_id: container_id.to_owned(),
@@ -237,10 +282,17 @@ impl Events {
             value: message.write_to_bytes().unwrap_or_default(),
             ..Any::default()
         };
+        // Dropping `settled` settles the delivery.
         if self.closed.load(Ordering::Relaxed) {
-            // Dropping `settled` settles the delivery.
             return Delivery(receiver);
         }
+        if *self.waiting.borrow() >= MAX_WAITING {
+            crate::log::line(&format!(
+                "event {topic} is lost: {MAX_WAITING} wait already"
+            ));
+            return Delivery(receiver);
+        }
+        self.waiting.send_modify(|waiting| *waiting += 1);
         // The worker only ends with the runtime; then nobody waits for the delivery either.
         let _ = self.queue.send(Queued {
             topic,
@@ -253,10 +305,10 @@ impl Events {
 }
 
 impl Delivery {
-    /// Waits until the event is delivered or given up; the worker's attempts are the deadline.
+    /// Waits until the event is delivered or given up, or until waiting for it makes no sense any more.
     pub(crate) async fn settled(self) {
         // An error means that the worker has gone, so there is nothing to wait for.
-        let _ = self.0.await;
+        let _ = timeout(SETTLE_DEADLINE, self.0).await;
     }
 }
 
@@ -267,6 +319,7 @@ impl Forwarder {
             if !self.address.is_empty() {
                 self.deliver(&mut client, &queued).await;
             }
+            self.waiting.send_modify(|waiting| *waiting -= 1);
             // Nobody has to wait for it.
             let _ = queued.settled.send(());
         }
@@ -274,22 +327,26 @@ impl Forwarder {
 
     async fn deliver(&self, client: &mut Option<EventsClient>, queued: &Queued) {
         let request = self.request(queued);
-        let mut pause = FIRST_PAUSE;
-        for attempt in 1..=ATTEMPTS {
+        let (mut pause, mut refusals) = (FIRST_PAUSE, 0);
+        loop {
             let forward = self.forward(client, &request);
-            let result = tokio::time::timeout(ATTEMPT_DEADLINE, forward)
+            let result = timeout(ATTEMPT_DEADLINE, forward)
                 .await
                 .unwrap_or(Err(EventsError::Deadline));
             let Err(error) = result else {
                 return;
             };
             *client = None;
-            crate::log::error(&format!("event {} attempt {attempt}", queued.topic), &error);
-            // Who waits for the event to be settled must not wait for a pause that no attempt follows.
-            if attempt < ATTEMPTS {
-                tokio::time::sleep(pause).await;
-                pause *= 2;
+            if pause == FIRST_PAUSE || error.is_refusal() {
+                crate::log::error(&format!("publishing event {}", queued.topic), &error);
             }
+            refusals += u32::from(error.is_refusal());
+            // Who waits for the event to be settled must not wait for a pause that no attempt follows.
+            if refusals == ATTEMPTS {
+                return;
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(LONGEST_PAUSE);
         }
     }
 
@@ -371,6 +428,12 @@ mod tests {
         let events = Events::start(address.clone(), "ns".into());
         let message = TaskStart::default();
         let first = events.publish("/1", "containerd.events.TaskStart", &message);
+        // As long as containerd takes to start; more than some attempts.
+        let gone = tokio::time::Instant::now();
+        tokio::time::pause();
+        first.settled().await;
+        assert!(gone.elapsed() >= SETTLE_DEADLINE, "who waits goes on");
+        tokio::time::resume();
         let recorder = Arc::new(Recorder(Mutex::new(Vec::new())));
         let mut server = ttrpc::r#async::Server::new()
             .bind(&address)
@@ -379,7 +442,7 @@ mod tests {
         server.start().await.unwrap();
         let second = events.publish("/2", "containerd.events.TaskStart", &message);
         second.settled().await;
-        first.settled().await;
+        events.flush().await;
         let seen = recorder.0.lock().unwrap().clone();
         assert_eq!(
             seen,

@@ -4,6 +4,7 @@
 //! releases what it has. Knows no container.
 
 mod disks;
+mod resize;
 
 use crate::{
     agent::{Agent, AgentError},
@@ -15,12 +16,14 @@ use crate::{
     log,
     network::{NetworkError, Nic, PodNetwork},
     pod_metrics,
+    size::{Size, SizeError},
     spec::HostPart,
     state_dir::StateDir,
     storage::{Needs, Share, StorageError},
     vm::{Plan, SHARE_TAG, Vm, VmError},
 };
 use protobuf::well_known_types::any::Any;
+use resize::{Growth, bounds, size_at_first};
 use rustix::{
     io::Errno,
     net::{RecvFlags, recv},
@@ -59,6 +62,12 @@ pub(crate) enum MachineError {
     /// The share.
     #[error(transparent)]
     Storage(#[from] StorageError),
+    /// The size.
+    #[error(transparent)]
+    Size(#[from] SizeError),
+    /// What the host has.
+    #[error("{0} does not tell what the host has")]
+    Host(&'static str),
     /// The network.
     #[error(transparent)]
     Network(#[from] NetworkError),
@@ -101,6 +110,8 @@ pub(crate) struct Machine {
     disks: Mutex<HashMap<String, Vec<String>>>,
     /// Since the first container that has something to watch.
     watches: Mutex<Option<Watches>>,
+    /// What the machine grows by.
+    growth: Growth,
     ending: AtomicBool,
     ended: OnceCell<()>,
 }
@@ -113,16 +124,21 @@ impl Machine {
         part: &HostPart,
     ) -> Result<Self, MachineError> {
         let config = Config::load()?;
-        let host = HostResources::acquire(state, fallback_cgroup, part, config.vcpus)?;
-        let booted = boot_on(&host, &config, part).await;
-        match booted {
-            Ok((vm, agent)) => Ok(Self {
+        let bounds = bounds(&config)?;
+        let host = HostResources::acquire(state, fallback_cgroup, part, bounds.vcpus)?;
+        let booted = async {
+            let range = size_at_first(&host.cgroup, &bounds, part)?;
+            Ok((range, boot_on(&host, &config, part, range).await?))
+        };
+        match booted.await {
+            Ok((range, (vm, agent))) => Ok(Self {
                 vm,
                 agent: Arc::new(agent),
                 host,
                 writable_layer_mib: config.writable_layer_mib,
                 disks: Mutex::default(),
                 watches: Mutex::default(),
+                growth: Growth::new(bounds, range, part.wanted.pod.clone()),
                 ending: AtomicBool::new(false),
                 ended: OnceCell::new(),
             }),
@@ -160,7 +176,16 @@ impl Machine {
 
     /// Why the VM ended.
     pub(crate) fn describe_end(&self) -> String {
-        self.vm.describe_end()
+        let mut end = self.vm.describe_end();
+        if self.was_out_of_memory() {
+            end.push_str(", as the host's memory, or what the Pod may have of it, was used up");
+        }
+        end
+    }
+
+    /// Whether the host's kernel ended the VM for want of memory.
+    pub(crate) fn was_out_of_memory(&self) -> bool {
+        self.has_exited() && self.host.cgroup.was_out_of_memory()
     }
 
     /// Does work that needs the guest, racing the VM's end: nobody waits for a guest that is gone, and its
@@ -228,12 +253,13 @@ impl Machine {
         }
     }
 
-    /// Undoes [`Machine::expose`]. A second time does nothing.
+    /// Undoes [`Machine::expose`] and [`Machine::admit`]. A second time does nothing.
     pub(crate) async fn withdraw(&self, container_id: &str) -> Result<(), MachineError> {
         if let Some(watches) = &*self.watches.lock().unwrap_or_else(PoisonError::into_inner) {
             watches.remove(container_id);
         }
         self.release_disks(container_id).await;
+        self.dismiss(container_id).await;
         let share = Arc::clone(&self.host.share);
         let container_id = container_id.to_owned();
         Ok(spawn_blocking(move || share.withdraw(&container_id)).await??)
@@ -393,8 +419,11 @@ async fn boot_on(
     host: &HostResources,
     config: &Config,
     part: &HostPart,
+    (size, most): (Size, Size),
 ) -> Result<(Vm, Agent), MachineError> {
     let plan = Plan {
+        size,
+        most,
         config,
         state: &host.state,
         cgroup: &host.cgroup,

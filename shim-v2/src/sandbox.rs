@@ -175,6 +175,9 @@ impl Sandbox {
             volumes,
             devices: devices.clone(),
         };
+        if let Some(limits) = part.wanted.container {
+            machine.admit(&request.id, limits).await?;
+        }
         let numbers = machine.expose(needs).await?;
         spec::renumber(&mut guest, &devices, &numbers);
         let stdio = Stdio {
@@ -182,6 +185,7 @@ impl Sandbox {
             stdout: request.stdout.clone(),
             stderr: request.stderr.clone(),
             terminal: request.terminal,
+            owner: (self.events.namespace(), request.id.clone()),
         };
         let created = async {
             hooks.creating(machine.pid()).await?;
@@ -318,6 +322,8 @@ impl Sandbox {
         if !machine.has_exited() {
             delete_in_guest(&machine, id, "").await?;
         }
+        // Whoever reads may have come back, and takes what is left.
+        container.init.finish_streams().await;
         container.init.drop_streams();
         for exec in container.execs.all() {
             exec.drop_streams();
@@ -414,6 +420,9 @@ pub(crate) async fn watch_process(machine: Arc<Machine>, process: Arc<Process>, 
         () = machine.exited() => Exit::now(KILLED),
         exit = process.marked_stopped() => exit,
     };
+    if process.is_init() && machine.was_out_of_memory() {
+        events.out_of_memory(process.container_id());
+    }
     process.settled().await;
     process.finish_streams().await;
     process.stopped(exit);

@@ -114,6 +114,7 @@ async fn run(args: &Args, listener: StdListener) -> anyhow::Result<()> {
     server.start().await.context("serving")?;
     announce()?;
     until_the_end(&sandbox).await?;
+    sandbox.events.flush().await;
     let mut open = connections.subscribe();
     // A containerd that doesn't hang up is hung up on.
     let _ = timeout(HANG_UP_DEADLINE, open.wait_for(|open| *open == 0)).await;

@@ -7,6 +7,7 @@
 use crate::{
     mounts::{Bind, MountOptionsError, parse_options},
     pod::{self, Pod},
+    size::{SizeError, Wanted},
 };
 use oci_spec::runtime::{
     LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, LinuxNamespaceType, Mount, Spec,
@@ -72,6 +73,8 @@ pub(crate) struct HostPart {
     pub(crate) hostname: Option<String>,
     /// How readily the host's kernel kills the VM when memory is short.
     pub(crate) oom_score_adj: i32,
+    /// How large the VM shall be.
+    pub(crate) wanted: Wanted,
     /// Where its network is.
     pub(crate) network: NetworkNamespace,
 }
@@ -127,6 +130,9 @@ pub(crate) enum SpecError {
         /// Why.
         source: MountOptionsError,
     },
+    /// What sizes the VM.
+    #[error(transparent)]
+    Size(#[from] SizeError),
     /// Without it there is nothing to run.
     #[error("{0} is missing")]
     Missing(&'static str),
@@ -145,6 +151,7 @@ pub(crate) fn host_part(spec: &Spec) -> Result<HostPart, SpecError> {
         })?;
     let path = network.path().clone().filter(|path| path != Path::new(""));
     Ok(HostPart {
+        wanted: Wanted::of(spec)?,
         cgroups_path: linux.and_then(|linux| linux.cgroups_path().clone()),
         hostname: spec.hostname().clone(),
         oom_score_adj: spec
@@ -193,6 +200,12 @@ pub(crate) fn translate_linux(
     };
     // The host's cgroup holds the VM; this container's own is made by the guest's kernel.
     linux.set_cgroups_path(Some(Path::new("/").join(container_id)));
+    // These number the host's CPUs and memory nodes, to which the VMM is bound.
+    let resources = linux.resources_mut().as_mut();
+    if let Some(cpu) = resources.and_then(|resources| resources.cpu_mut().as_mut()) {
+        cpu.set_cpus(None);
+        cpu.set_mems(None);
+    }
     match linux.namespaces_mut() {
         Some(namespaces) => pod.share(namespaces),
         None => Ok(()),

@@ -15,7 +15,9 @@ use crate::{
     error::printable,
     network::Nic,
     process_file::{self, ProcessFileError},
+    size::Size,
     state_dir::StateDir,
+    vm_end::{MAX_REASON_BYTES, console_tail, describe_status, read_stderr},
 };
 use rustix::{
     fs::{Mode, OFlags},
@@ -27,7 +29,7 @@ use std::{
     io,
     os::{
         fd::{AsFd as _, AsRawFd as _, OwnedFd},
-        unix::{fs::OpenOptionsExt as _, net::UnixListener, process::ExitStatusExt as _},
+        unix::{fs::OpenOptionsExt as _, net::UnixListener},
     },
     path::{Path, PathBuf},
     process::{ExitStatus, Stdio},
@@ -35,13 +37,12 @@ use std::{
     time::Duration,
 };
 use tokio::{
-    io::AsyncReadExt as _,
-    process::{Child, ChildStderr, Command},
+    process::{Child, Command},
     sync::{Mutex, Notify, watch},
     time::timeout,
 };
 use walnut_vmm_api::{
-    CONTROL_FD, FailureKind, FdSlot, Message, Request, ShareConfig, VmConfig, VmmExit, VsockConfig,
+    CONTROL_FD, FailureKind, FdSlot, Message, Request, ShareConfig, VmConfig, VsockConfig,
 };
 
 /// Tag of the shared directory.
@@ -57,11 +58,8 @@ const BOOT_DEADLINE: Duration = Duration::from_secs(120);
 const REQUEST_DEADLINE: Duration = Duration::from_secs(30);
 /// From a killed process to its last message or exit status.
 const EXIT_DEADLINE: Duration = Duration::from_secs(10);
-const MAX_STDERR_BYTES: usize = 8 * 1024;
-const MAX_CONSOLE_BYTES: u64 = 4 * 1024;
 /// The names of places have four letters.
 const MAX_PLACE_BYTES: usize = 16;
-const MAX_REASON_BYTES: usize = 3 * 1024;
 
 /// Why there is no VM.
 #[derive(Debug, thiserror::Error)]
@@ -159,6 +157,10 @@ pub(crate) struct Plan<'a> {
     pub(crate) cgroup: &'a Cgroup,
     /// What the guest sees; a mount point.
     pub(crate) share: &'a Path,
+    /// Its size at first.
+    pub(crate) size: Size,
+    /// What it can grow to.
+    pub(crate) most: Size,
     /// How readily the host's kernel kills it.
     pub(crate) oom_score_adj: i32,
 }
@@ -286,6 +288,20 @@ impl Vm {
                 }
                 Err(error) => return Err(self.reason_of_end().await.unwrap_or(error.into())),
             }
+        }
+    }
+
+    /// Changes the number of vCPUs, the MiB of memory, or both.
+    pub(crate) async fn resize(
+        &self,
+        vcpus: Option<u8>,
+        memory_mib: Option<u32>,
+    ) -> Result<(), VmError> {
+        let what = "resize the VM";
+        let request = Request::Resize { vcpus, memory_mib };
+        match self.ask(what, &request, &[]).await? {
+            Message::Done => Ok(()),
+            other => Err(unexpected(what, &other)),
         }
     }
 
@@ -428,55 +444,6 @@ fn unexpected(what: &'static str, answer: &Message) -> VmError {
     VmError::Request { what, reason }
 }
 
-fn describe_status(status: Option<ExitStatus>) -> String {
-    let Some(status) = status else {
-        return "its exit status is lost".to_owned();
-    };
-    match (status.code(), status.signal()) {
-        (Some(code), _) => match VmmExit::from_code(code) {
-            Some(exit) => exit.describe().to_owned(),
-            None => format!("walnut-vmm failed with status {code}"),
-        },
-        (None, Some(libc::SIGSYS)) => {
-            "walnut-vmm was killed for a system call that its jail forbids \
-             (SIGSYS; the host's audit log, `dmesg | grep type=1326`, tells which)"
-                .to_owned()
-        }
-        (None, Some(signal)) => format!("walnut-vmm was killed by signal {signal}"),
-        (None, None) => "walnut-vmm ended".to_owned(),
-    }
-}
-
-/// The last bytes of the console log: what the guest said, so bounded and printable.
-fn console_tail(path: &Path) -> String {
-    use std::io::{Read as _, Seek as _, SeekFrom};
-    let read = || -> io::Result<Vec<u8>> {
-        let mut file = File::open(path)?;
-        let length = file.metadata()?.len();
-        file.seek(SeekFrom::Start(length.saturating_sub(MAX_CONSOLE_BYTES)))?;
-        let mut bytes = Vec::new();
-        file.take(MAX_CONSOLE_BYTES).read_to_end(&mut bytes)?;
-        Ok(bytes)
-    };
-    let bytes = read().unwrap_or_default();
-    printable(String::from_utf8_lossy(&bytes).trim(), MAX_REASON_BYTES)
-}
-
-/// Reads to the end, so that the VMM never blocks, and keeps the last bytes.
-async fn read_stderr(stderr: Option<ChildStderr>) -> String {
-    let Some(mut stderr) = stderr else {
-        return String::new();
-    };
-    let mut kept = Vec::new();
-    let mut buffer = [0; 1024];
-    while let Ok(length @ 1..) = stderr.read(&mut buffer).await {
-        kept.extend_from_slice(buffer.get(..length).unwrap_or_default());
-        let excess = kept.len().saturating_sub(MAX_STDERR_BYTES);
-        kept.drain(..excess);
-    }
-    String::from_utf8_lossy(&kept).into_owned()
-}
-
 /// Opens what the VMM receives, in the order of the slots.
 fn open_files(plan: &Plan<'_>) -> Result<(VmConfig, Vec<OwnedFd>), VmError> {
     let host = |what, path: &Path| {
@@ -512,8 +479,10 @@ fn open_files(plan: &Plan<'_>) -> Result<(VmConfig, Vec<OwnedFd>), VmError> {
         share,
     ];
     let vm = VmConfig {
-        vcpus: config.vcpus,
-        memory_mib: config.memory_mib,
+        vcpus: plan.size.vcpus,
+        max_vcpus: Some(plan.most.vcpus),
+        memory_mib: plan.size.memory_mib,
+        max_memory_mib: Some(plan.most.memory_mib),
         cmdline: CMDLINE.to_owned(),
         initramfs: Some(FdSlot(2)),
         vsock: Some(VsockConfig {
@@ -559,8 +528,10 @@ fn spawn(plan: &Plan<'_>, control: OwnedFd) -> Result<Child, VmError> {
         .stderr(Stdio::piped())
         .kill_on_drop(true);
     let enter = move || {
-        // "0" is the writing process. Both calls are plain system calls.
-        rustix::io::write(&procs, b"0")?;
+        for file in &procs {
+            // "0" is the writing process. Both calls are plain system calls.
+            rustix::io::write(file, b"0")?;
+        }
         // SAFETY: dup2 only changes the descriptor table of this forked child, and descriptor 3 belongs
         // to the shim's runtime, whose copy in the child is not used any more.
         let result = unsafe { libc::dup2(control.as_raw_fd(), CONTROL_FD) };
@@ -604,30 +575,6 @@ fn set_oom_score(pid: u32, score: i32) {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn ends_are_told_in_words() {
-        for (raw, expected) in [
-            (66 << 8, "the guest kernel panicked"),
-            (1 << 8, "walnut-vmm failed with status 1"),
-            (9, "walnut-vmm was killed by signal 9"),
-        ] {
-            assert_eq!(describe_status(Some(ExitStatus::from_raw(raw))), expected);
-        }
-        let forbidden = describe_status(Some(ExitStatus::from_raw(libc::SIGSYS)));
-        assert!(forbidden.contains("its jail forbids") && forbidden.contains("type=1326"));
-    }
-
-    #[test]
-    fn the_consoles_tail_is_bounded_and_printable() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("console");
-        assert_eq!(console_tail(&path), "");
-        fs::write(&path, format!("{}\u{1b}[1mpanic\n", "x".repeat(100_000))).unwrap();
-        let tail = console_tail(&path);
-        assert!(tail.len() <= MAX_REASON_BYTES + 3);
-        assert!(tail.chars().all(|character| !character.is_control()));
-    }
 
     #[test]
     fn a_missing_image_is_named_with_its_key() {

@@ -6,11 +6,18 @@ use crate::{
     command::{self, Output, Running},
     deadline::{self, Deadline},
     processes::{self, Process},
+    task::Tasks,
 };
 use anyhow::{Context, Result, ensure};
 use std::{
-    process::Command,
-    sync::atomic::{AtomicU32, Ordering},
+    fs,
+    io::{BufRead as _, BufReader},
+    os::unix::net::UnixStream,
+    process::{Child, Command, Stdio},
+    sync::{
+        atomic::{AtomicU32, Ordering},
+        mpsc,
+    },
 };
 
 /// A root file system of busybox alone.
@@ -72,6 +79,63 @@ pub fn ctr(arguments: &[&str]) -> Result<Output> {
         Vec::new(),
         Deadline::after(deadline::BOOT),
     )
+}
+
+/// What containerd tells those who listen, from now on.
+pub fn events() -> Result<Events> {
+    let mut program = Command::new("ctr");
+    let mut child = program
+        .arg("events")
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot start ctr events")?;
+    let (sender, lines) = mpsc::channel();
+    let stdout = child.stdout.take().context("no output")?;
+    std::thread::spawn(move || {
+        for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+            if sender.send(line).is_err() {
+                break;
+            }
+        }
+    });
+    let events = Events { child, lines };
+    // It listens once it tells of something.
+    deadline::until("an event", Deadline::after(deadline::REQUEST), || {
+        ctr(&["namespace", "label", "default", "walnut-tests=listen"])?.success()?;
+        Ok(events.lines.try_recv().ok().map(drop))
+    })?;
+    Ok(events)
+}
+
+/// A listener to containerd's events.
+#[derive(Debug)]
+pub struct Events {
+    child: Child,
+    lines: mpsc::Receiver<String>,
+}
+
+impl Events {
+    /// The topics of a container's events, as they come, until `last` has come.
+    pub fn seen(&self, id: &str, last: &str) -> Result<Vec<String>> {
+        let deadline = Deadline::after(deadline::REQUEST);
+        let mut topics = Vec::new();
+        while topics.last().is_none_or(|topic| topic != last) {
+            let line = self.lines.recv_timeout(deadline.left());
+            let line = line.with_context(|| format!("no {last} after {topics:?}"))?;
+            let of_task = line.split(' ').find(|word| word.starts_with("/tasks/"));
+            if let Some(topic) = of_task.filter(|_| line.contains(&format!("\"{id}\""))) {
+                topics.push(topic.to_owned());
+            }
+        }
+        Ok(topics)
+    }
+}
+
+impl Drop for Events {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
 }
 
 /// A `ctr run` to be.
@@ -244,6 +308,20 @@ impl Container {
             });
             Ok(shims.min())
         })
+    }
+
+    /// A connection to its shim's Task service, past containerd.
+    pub fn tasks(&self) -> Result<Tasks> {
+        let bundle = format!(
+            "/run/containerd/io.containerd.runtime.v2.task/default/{}",
+            self.0
+        );
+        let text = fs::read_to_string(format!("{bundle}/bootstrap.json"))
+            .with_context(|| format!("no bootstrap.json in {bundle}"))?;
+        let reply: serde_json::Value = serde_json::from_str(&text)?;
+        let address = reply["address"].as_str().unwrap_or_default();
+        let path = address.strip_prefix("unix://").context("no Unix address")?;
+        Tasks::over(UnixStream::connect(path).context("no shim listens")?)
     }
 
     /// Its VMM.

@@ -1,15 +1,18 @@
 //! What breaks, and what must then be left: one clear line for the user, and nothing on the machine.
 
 use anyhow::{Context, Result, ensure};
-use rustix::process::Signal;
-use std::path::Path;
+use rustix::{
+    mount::{MountFlags, UnmountFlags, mount, unmount},
+    process::Signal,
+};
+use std::{fs, path::Path};
 use walnut_tests::{
     command::{End, Output},
-    ctr::{BUSYBOX, Runtime},
+    ctr::{BUSYBOX, Runtime, ctr},
     deadline::{self, Deadline},
     leak::Leak,
     node::{Hidden, NodeConfig, nullify},
-    requirement,
+    processes, requirement,
 };
 
 #[test]
@@ -132,4 +135,67 @@ fn a_machine_without_kvm_is_named() -> Result<()> {
     }
     let _null = nullify(device)?;
     says(&["KVM"], &leak).context("not KVM")
+}
+
+#[test]
+fn a_container_that_ends_while_containerd_is_gone_is_known_when_it_is_back() -> Result<()> {
+    if requirement::containerd()?.is_none() {
+        return Ok(());
+    }
+    let leak = Leak::watch()?;
+    let container = Runtime::Walnut
+        .run(BUSYBOX)
+        .shell("trap 'exit 7' TERM; sleep 100000 & wait")
+        .detach()?;
+    let tasks = container.tasks()?;
+    for daemon in processes::named("containerd")? {
+        daemon.kill(Signal::KILL)?;
+    }
+    tasks.kill(container.id(), "", 15, false)?;
+    ensure!(tasks.wait(container.id(), "")? == 7, "no 7");
+    drop(tasks);
+    // The node starts it again.
+    deadline::until("containerd", Deadline::after(deadline::BOOT), || {
+        Ok((ctr(&["version"])?.end == End::Exited(0)).then_some(()))
+    })?;
+    container.wait_for("STOPPED")?;
+    ensure!(container.task_status()? == 7, "no 7");
+    container.remove()?;
+    leak.nothing_left()
+}
+
+/// A file system without room, in the place of a directory.
+struct Full(&'static str);
+
+impl Full {
+    fn new(directory: &'static str) -> Result<Self> {
+        fs::create_dir_all(directory)?;
+        mount(
+            "tmpfs",
+            directory,
+            "tmpfs",
+            MountFlags::empty(),
+            Some(c"size=16k"),
+        )?;
+        let full = Self(directory);
+        let written = fs::write(Path::new(directory).join("filler"), vec![0; 1 << 20]);
+        ensure!(written.is_err(), "there is room");
+        Ok(full)
+    }
+}
+
+impl Drop for Full {
+    fn drop(&mut self) {
+        let _ = unmount(self.0, UnmountFlags::DETACH);
+    }
+}
+
+#[test]
+fn a_full_state_directory_is_named() -> Result<()> {
+    if requirement::containerd()?.is_none() {
+        return Ok(());
+    }
+    let _full = Full::new("/run/walnut")?;
+    let leak = Leak::watch()?;
+    says(&["No space left", "/run/walnut"], &leak)
 }

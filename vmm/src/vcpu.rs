@@ -276,7 +276,10 @@ pub fn prepare(fd: &VcpuFd, id: u8) -> Result<(), VcpuError> {
     if set != wanted.len() {
         return Err(VcpuError::Registers(id));
     }
-    Ok(())
+    // KVM drops interrupts to an APIC that its map lacks, the first INIT included. Creating a vCPU doesn't put it
+    // there, and nothing of the guest's does before it runs; that its APIC's state is set does.
+    let apic = fd.get_lapic().map_err(failed("KVM_GET_LAPIC", id))?;
+    fd.set_lapic(&apic).map_err(failed("KVM_SET_LAPIC", id))
 }
 
 /// Lets vCPU 0 start at the kernel's `entry`. The others wait for its word.

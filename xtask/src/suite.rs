@@ -350,6 +350,7 @@ fn order(name: &str) -> usize {
         "shim",
         "ctr",
         "changes",
+        "resources",
         "crash",
     ];
     let rung = name

@@ -6,6 +6,7 @@ pub(crate) mod boot;
 pub(crate) mod changes;
 pub(crate) mod mounts;
 pub(crate) mod network;
+pub(crate) mod online;
 pub(crate) mod power;
 
 use self::network::{Network, NetworkError};
@@ -50,6 +51,9 @@ pub(crate) enum GuestError {
     /// A tag that no file system can have.
     #[error("share_tag {0:?} must be at most {MAX_TAG_BYTES} printable ASCII characters")]
     Tag(String),
+    /// A number of vCPUs that no guest has.
+    #[error("vcpus {0} must be 1 to 254")]
+    Vcpus(u32),
     /// The system refused.
     #[error("cannot {attempted}")]
     System {

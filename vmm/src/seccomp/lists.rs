@@ -44,6 +44,8 @@ const KVM_IOEVENTFD: u32 = 0x4040_ae79;
 const KVM_CREATE_VCPU: u32 = 0xae41;
 const KVM_SET_CPUID2: u32 = 0x4008_ae90;
 const KVM_SET_MSRS: u32 = 0x4008_ae89;
+const KVM_GET_LAPIC: u32 = 0x8400_ae8e;
+const KVM_SET_LAPIC: u32 = 0x4400_ae8f;
 const TUNSETOFFLOAD: u32 = 0x4004_54d0;
 const TUNGETIFF: u32 = 0x8004_54d2;
 const TUNSETVNETHDRSZ: u32 = 0x4004_54d8;
@@ -129,6 +131,8 @@ pub(super) const CONTROL: &[Call] = calls![
     SYS_ioctl if Is(1, KVM_CREATE_VCPU),
     SYS_ioctl if Is(1, KVM_SET_CPUID2),
     SYS_ioctl if Is(1, KVM_SET_MSRS),
+    SYS_ioctl if Is(1, KVM_GET_LAPIC),
+    SYS_ioctl if Is(1, KVM_SET_LAPIC),
     SYS_ioctl if Is(1, TUNGETIFF),
     SYS_ioctl if Is(1, TUNSETVNETHDRSZ),
     SYS_ioctl if Is(1, BLKDISCARD),

@@ -9,6 +9,7 @@ mod boot;
 mod console;
 mod exits;
 mod idle;
+mod pod;
 mod qemu;
 mod report;
 mod vmm;
@@ -28,9 +29,12 @@ fn main() -> Result<()> {
     let (scope, runs) = arguments()?;
     let programs = Programs::find()?;
     let mut report = Report::new(runs);
-    start_times(&mut report, &programs, runs)?;
-    exit_counts(&mut report, &programs)?;
+    if scope != Scope::Pod {
+        start_times(&mut report, &programs, runs)?;
+        exit_counts(&mut report, &programs)?;
+    }
     match scope {
+        Scope::Pod => pod::measure(&mut report, runs)?,
         Scope::Product => {
             run_times(&mut report, runs)?;
             idle_memory(&mut report, &programs)?;
@@ -42,11 +46,13 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// What is measured beside the boot.
+/// What is measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Scope {
     /// Containers and idle Pods.
     Product,
+    /// The calls that containerd makes on a Pod.
+    Pod,
     /// The VMM's devices.
     Vmm,
 }
@@ -54,12 +60,14 @@ enum Scope {
 fn arguments() -> Result<(Scope, usize)> {
     let words: Vec<String> = std::env::args().skip(1).collect();
     let mut words: Vec<&str> = words.iter().map(String::as_str).collect();
-    let scope = if words.first() == Some(&"vmm") {
-        words.remove(0);
-        Scope::Vmm
-    } else {
-        Scope::Product
+    let scope = match words.first() {
+        Some(&"vmm") => Scope::Vmm,
+        Some(&"pod") => Scope::Pod,
+        _ => Scope::Product,
     };
+    if scope != Scope::Product {
+        words.remove(0);
+    }
     match words[..] {
         [] => Ok((scope, RUNS)),
         ["--runs", number] => {
@@ -67,7 +75,7 @@ fn arguments() -> Result<(Scope, usize)> {
             ensure!(runs > 0, "--runs wants a number above 0");
             Ok((scope, runs))
         }
-        _ => bail!("usage: walnut-bench [vmm] [--runs N]"),
+        _ => bail!("usage: walnut-bench [vmm|pod] [--runs N]"),
     }
 }
 
