@@ -2,7 +2,10 @@
 //!
 //! containerd turns a code into its own error of that name, by which clients decide. Must not log.
 
-use crate::{container::refuse::SpecError, guest::GuestError, stdio::StdioError, task::TaskError};
+use crate::{
+    container::refuse::SpecError, guest::GuestError, insight::InsightError, stdio::StdioError,
+    task::TaskError,
+};
 use std::error::Error;
 use ttrpc::{Code, get_status};
 
@@ -53,6 +56,16 @@ impl From<GuestError> for ttrpc::Error {
                 Code::INVALID_ARGUMENT
             }
             GuestError::System { .. } => Code::INTERNAL,
+        };
+        status(&error, code)
+    }
+}
+
+impl From<InsightError> for ttrpc::Error {
+    fn from(error: InsightError) -> Self {
+        let code = match &error {
+            InsightError::Keep(_) => Code::INVALID_ARGUMENT,
+            InsightError::Kernel { .. } | InsightError::Cgroup(_) => Code::INTERNAL,
         };
         status(&error, code)
     }

@@ -2,12 +2,14 @@
 //!
 //! `guest` makes a machine out of a kernel and one program; `server` serves the shim; `service` decodes
 //! requests; `task` holds containers and their processes; `container` makes them, `cgroup` holds them,
-//! `stdio` connects them, `reaper` sees them end. Must not trust a container.
+//! `stdio` connects them, `reaper` sees them end, `insight` counts what they do. Must not trust a container.
 
+mod bpf;
 mod cgroup;
 mod container;
 mod error;
 mod guest;
+mod insight;
 mod reaper;
 mod server;
 mod service;

@@ -5,6 +5,7 @@
 use crate::{
     cgroup::{CgroupError, Hierarchy},
     guest::Guest,
+    insight::SyscallCounter,
     reaper::Reaper,
     service::{GuestService, TaskService},
     stdio::Streams,
@@ -73,9 +74,11 @@ where
     C: AsyncRead + AsyncWrite + Send + Sync + Unpin + 'static,
 {
     let streams = Streams::default();
+    let hierarchy = Hierarchy::prepare(&config.cgroup_root)?;
+    let syscalls = SyscallCounter::new(hierarchy.clone());
     let tasks = Arc::new(Tasks::new(Machinery {
         program: config.program.clone(),
-        hierarchy: Hierarchy::prepare(&config.cgroup_root)?,
+        hierarchy,
         reaper: Reaper::start().map_err(ServeError::Reaper)?,
         streams: streams.clone(),
     }));
@@ -83,6 +86,7 @@ where
     let guest = GuestService {
         guest: Guest::default(),
         tasks: Arc::clone(&tasks),
+        syscalls,
         end: Arc::clone(&end),
     };
     let connections = watch::Sender::new(());

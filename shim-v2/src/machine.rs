@@ -14,7 +14,13 @@ use crate::{
     storage::{Needs, Share, StorageError},
     vm::{Plan, SHARE_TAG, Vm, VmError},
 };
-use std::{future::Future, io, path::Path, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    io,
+    path::Path,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 use tokio::{task::spawn_blocking, time::timeout};
 
 /// Between the agent's answer to Shutdown and the VMM's end.
@@ -63,6 +69,9 @@ pub(crate) struct Machine {
     vm: Vm,
     agent: Agent,
     host: HostResources,
+    started_at: SystemTime,
+    /// vCPUs and MiB of RAM at the start.
+    size: (u8, u32),
 }
 
 impl Machine {
@@ -74,9 +83,16 @@ impl Machine {
     ) -> Result<Self, MachineError> {
         let config = Config::load()?;
         let host = HostResources::acquire(state, fallback_cgroup, part)?;
+        let started_at = SystemTime::now();
         let booted = boot_on(&host, &config, part).await;
         match booted {
-            Ok((vm, agent)) => Ok(Self { vm, agent, host }),
+            Ok((vm, agent)) => Ok(Self {
+                vm,
+                agent,
+                host,
+                started_at,
+                size: (config.vcpus, config.memory_mib),
+            }),
             Err(error) => {
                 host.release().await;
                 Err(error)
@@ -92,6 +108,16 @@ impl Machine {
     /// The VMM's process id on the host.
     pub(crate) fn pid(&self) -> u32 {
         self.vm.pid()
+    }
+
+    /// When the VM was started.
+    pub(crate) fn started_at(&self) -> SystemTime {
+        self.started_at
+    }
+
+    /// vCPUs and MiB of RAM that the VM was started with.
+    pub(crate) fn size(&self) -> (u8, u32) {
+        self.size
     }
 
     /// Waits for the VM's end.

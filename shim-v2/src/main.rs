@@ -16,6 +16,7 @@ mod container;
 mod control;
 mod error;
 mod events;
+mod insight;
 mod io;
 mod log;
 mod machine;
