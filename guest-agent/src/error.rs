@@ -3,7 +3,10 @@
 //! containerd turns a code into its own error of that name, by which clients decide. Must not log.
 
 use crate::{
-    container::refuse::SpecError, guest::GuestError, insight::InsightError, stdio::StdioError,
+    container::refuse::SpecError,
+    guest::{GuestError, network::NetworkError},
+    insight::InsightError,
+    stdio::StdioError,
     task::TaskError,
 };
 use std::error::Error;
@@ -32,6 +35,7 @@ impl From<TaskError> for ttrpc::Error {
             TaskError::Id { .. }
             | TaskError::Signal(_)
             | TaskError::Size { .. }
+            | TaskError::Namespace { .. }
             | TaskError::Contradiction(_)
             | TaskError::Spec(_)
             | TaskError::Resources(_)
@@ -51,11 +55,14 @@ impl From<TaskError> for ttrpc::Error {
 impl From<GuestError> for ttrpc::Error {
     fn from(error: GuestError) -> Self {
         let code = match &error {
-            GuestError::SetUpAlready => Code::FAILED_PRECONDITION,
+            GuestError::SetUpAlready | GuestError::NotSetUp => Code::FAILED_PRECONDITION,
+            GuestError::Network(NetworkError::Interface(..) | NetworkError::Message(_)) => {
+                Code::INVALID_ARGUMENT
+            }
             GuestError::Hostname(_) | GuestError::Clock(_) | GuestError::Tag(_) => {
                 Code::INVALID_ARGUMENT
             }
-            GuestError::System { .. } => Code::INTERNAL,
+            GuestError::System { .. } | GuestError::Network(_) => Code::INTERNAL,
         };
         status(&error, code)
     }

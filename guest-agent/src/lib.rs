@@ -2,7 +2,8 @@
 //!
 //! `guest` makes a machine out of a kernel and one program; `server` serves the shim; `service` decodes
 //! requests; `task` holds containers and their processes; `container` makes them, `cgroup` holds them,
-//! `stdio` connects them, `reaper` sees them end, `insight` counts what they do. Must not trust a container.
+//! `stdio` connects them, `reaper` sees them end; `pause` holds a Pod's
+//! namespaces; `insight` counts what containers do. Must not trust a container.
 
 mod bpf;
 mod cgroup;
@@ -10,6 +11,7 @@ mod container;
 mod error;
 mod guest;
 mod insight;
+mod pause;
 mod reaper;
 mod server;
 mod service;
@@ -24,11 +26,12 @@ use std::process::ExitCode;
 
 /// Runs the program by the name that it was given.
 pub fn run() -> ExitCode {
-    if std::env::args_os()
-        .next()
-        .is_some_and(|name| name == INIT_NAME)
-    {
+    let name = std::env::args_os().next().unwrap_or_default();
+    if name == INIT_NAME {
         return container::run_init();
+    }
+    if name == walnut_agent_api::PAUSE_PROGRAM {
+        return pause::run();
     }
     if std::process::id() != 1 {
         eprintln!("walnut-agent: is to be PID 1 of a guest");

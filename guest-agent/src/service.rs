@@ -217,13 +217,21 @@ impl guest_ttrpc::Guest for GuestService {
         _: &TtrpcContext,
         r: guest_api::SetupRequest,
     ) -> Result<guest_api::SetupResponse> {
-        let kernel_release = self
-            .guest
-            .set_up(&r.hostname, r.realtime_ns, &r.share_tag)?;
+        let kernel_release = self.guest.set_up(&r)?;
         Ok(guest_api::SetupResponse {
             kernel_release,
             ..Default::default()
         })
+    }
+
+    async fn update_network(
+        &self,
+        _: &TtrpcContext,
+        r: guest_api::UpdateNetworkRequest,
+    ) -> Result<guest_api::UpdateNetworkResponse> {
+        let wanted = r.network.unwrap_or_default();
+        self.guest.update_network(wanted).await?;
+        Ok(guest_api::UpdateNetworkResponse::new())
     }
 
     async fn shutdown(

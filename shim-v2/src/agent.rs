@@ -124,7 +124,12 @@ impl Agent {
     }
 
     /// `Guest.Setup`.
-    pub(crate) async fn setup(&self, hostname: &str, share_tag: &str) -> Result<(), AgentError> {
+    pub(crate) async fn setup(
+        &self,
+        hostname: &str,
+        share_tag: &str,
+        network: &guest::Network,
+    ) -> Result<(), AgentError> {
         let now = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default();
@@ -132,10 +137,24 @@ impl Agent {
             hostname: hostname.to_owned(),
             realtime_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
             share_tag: share_tag.to_owned(),
+            network: MessageField::some(network.clone()),
             ..Default::default()
         };
         call("Setup", CALL_DEADLINE, |context| {
             self.guest.setup(context, &request)
+        })
+        .await?;
+        Ok(())
+    }
+
+    /// `Guest.UpdateNetwork`.
+    pub(crate) async fn update_network(&self, network: &guest::Network) -> Result<(), AgentError> {
+        let request = guest::UpdateNetworkRequest {
+            network: MessageField::some(network.clone()),
+            ..Default::default()
+        };
+        call("UpdateNetwork", CALL_DEADLINE, |context| {
+            self.guest.update_network(context, &request)
         })
         .await?;
         Ok(())

@@ -1,4 +1,4 @@
-//! The commands that containerd runs before there is a connection: `start`, `-info` and `-v`.
+//! The commands that containerd runs before there is a connection: `start` and `-v`.
 //!
 //! `start` leaves a server behind and prints how to reach it, in the dialect of its caller:
 //!
@@ -16,11 +16,8 @@ use crate::{
     bundle::{BundleError, Membership},
     state_dir::socket_path,
 };
-use containerd_shim_protos::{
-    bootstrap_api::{BootstrapParams, BootstrapResult},
-    types::introspection::{RuntimeInfo, RuntimeVersion},
-};
-use protobuf::{Message as _, MessageField};
+use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
+use protobuf::Message as _;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::{
     fs::{self, File},
@@ -41,7 +38,6 @@ pub(crate) const READY: u8 = b'+';
 const READY_DEADLINE_SECONDS: i64 = 30;
 const MAX_INPUT_BYTES: u64 = 4 << 20;
 const MAX_REASON_BYTES: u64 = 4096;
-const RUNTIME_NAME: &str = "io.containerd.walnut.v2";
 /// Set by containerd from 1.7 on.
 const VERSION_VARIABLE: &str = "MAX_SHIM_VERSION";
 /// The Task API of a reply that every containerd takes: 1.7 refuses 3 in JSON, and 2.x speaks 2 as well.
@@ -83,7 +79,7 @@ enum Dialect {
 pub(crate) fn start(args: &Args) -> anyhow::Result<()> {
     let input = read_stdin()?;
     let max_version = std::env::var_os(VERSION_VARIABLE).is_some();
-    let reply = |address: &str| reply(dialect(&input, &args.id, max_version), address);
+    let reply = |address: &str| reply(dialect(&input, args, max_version), address);
     let bundle = bundle_of(args)?;
     let membership = Membership::read(&bundle, &args.id).map_err(BootstrapError::from)?;
     let socket = socket_path(
@@ -103,22 +99,6 @@ pub(crate) fn start(args: &Args) -> anyhow::Result<()> {
     let path = bundle.join("address");
     fs::write(&path, &address).map_err(host("writing", &path))?;
     io::stdout().write_all(&reply(&address))?;
-    Ok(())
-}
-
-/// `-info`. The options on standard input are those of a container; they don't change what this is.
-pub(crate) fn info() -> anyhow::Result<()> {
-    read_stdin()?;
-    let info = RuntimeInfo {
-        name: RUNTIME_NAME.to_owned(),
-        version: MessageField::some(RuntimeVersion {
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            ..RuntimeVersion::default()
-        }),
-        annotations: [("walnut.isolation".to_owned(), "microvm".to_owned())].into(),
-        ..RuntimeInfo::default()
-    };
-    io::stdout().write_all(&info.write_to_bytes()?)?;
     Ok(())
 }
 
@@ -143,11 +123,12 @@ fn read_stdin() -> io::Result<Vec<u8>> {
     Ok(input)
 }
 
-/// An older containerd sends a container's options, an `Any`, whose bytes can decode as bootstrap
-/// parameters: those name the container.
-fn dialect(input: &[u8], id: &str, max_version: bool) -> Dialect {
-    let names_it = BootstrapParams::parse_from_bytes(input)
-        .is_ok_and(|parameters| parameters.instance_id == id);
+/// An older containerd sends a container's options, an `Any`, whose bytes decode as bootstrap parameters too:
+/// its type is where they have the container's id, its value where they have the namespace.
+fn dialect(input: &[u8], args: &Args, max_version: bool) -> Dialect {
+    let names_it = BootstrapParams::parse_from_bytes(input).is_ok_and(|parameters| {
+        parameters.instance_id == args.id && parameters.namespace == args.namespace
+    });
     match (names_it, max_version) {
         (true, _) => Dialect::Protobuf,
         (false, true) => Dialect::Json,
@@ -306,49 +287,65 @@ fn host(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> BootstrapE
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use protobuf::well_known_types::any::Any;
+
+    fn args(id: &str) -> Args {
+        let line =
+            format!("-namespace k8s.io -id {id} -address /run/containerd/containerd.sock start");
+        Args::parse(line.split(' ').map(Into::into)).unwrap()
+    }
+
+    /// What containerd 1.7 to 2.2 write to standard input for a runtime with options: the `Any` of
+    /// `containerd.runc.options.v1.Options{SystemdCgroup: true}`.
+    const OPTIONS: &[u8] = b"\x0a\x22containerd.runc.options.v1.Options\x12\x02\x48\x01";
+    /// What 2.3 writes: id, namespace, log level debug (-4), version, both addresses, its binary.
+    const PARAMETERS: &[u8] = b"\x0a\x02c1\x12\x06k8s.io\x18\xfc\xff\xff\xff\xff\xff\xff\xff\xff\x01\
+        \x22\x05v2.3.0\x2a\x27/run/containerd/containerd.sock.ttrpc.s\x32\x1f/run/containerd/containerd.sock\
+        \x3a\x13/usr/bin/containerd";
 
     #[test]
     fn each_containerd_is_answered_in_its_dialect() {
-        let parameters = BootstrapParams {
-            instance_id: "c1".into(),
-            ..Default::default()
-        };
-        let parameters = parameters.write_to_bytes().unwrap();
-        assert_eq!(dialect(&parameters, "c1", true), Dialect::Protobuf);
-        assert_eq!(dialect(b"", "c1", true), Dialect::Json);
-        assert_eq!(dialect(b"", "c1", false), Dialect::Bare);
-        let options = Any {
-            type_url: "containerd.runc.v1.Options".into(),
-            ..Default::default()
-        };
-        let options = options.write_to_bytes().unwrap();
-        assert!(
-            BootstrapParams::parse_from_bytes(&options).is_ok(),
-            "it does decode"
-        );
-        assert_eq!(dialect(&options, "c1", true), Dialect::Json);
+        let c1 = args("c1");
+        for (input, max_version, expected) in [
+            (&b""[..], false, Dialect::Bare),
+            (OPTIONS, false, Dialect::Bare),
+            (b"", true, Dialect::Json),
+            (OPTIONS, true, Dialect::Json),
+            (PARAMETERS, true, Dialect::Protobuf),
+            // Of another container: whatever it is, it isn't for this one.
+            (&PARAMETERS[..PARAMETERS.len() - 1], true, Dialect::Json),
+        ] {
+            assert_eq!(dialect(input, &c1, max_version), expected, "{input:?}");
+        }
+        assert_eq!(dialect(PARAMETERS, &args("c2"), true), Dialect::Json);
     }
 
     #[test]
-    fn replies_have_the_address() {
+    fn options_that_decode_as_parameters_are_known_by_what_they_name() {
+        let decoded = BootstrapParams::parse_from_bytes(OPTIONS).unwrap();
+        assert_eq!(decoded.instance_id, "containerd.runc.options.v1.Options");
+        // Even for a container of that name.
+        let named = args("containerd.runc.options.v1.Options");
+        assert_eq!(dialect(OPTIONS, &named, true), Dialect::Json);
+    }
+
+    #[test]
+    fn replies_are_byte_for_byte_what_each_containerd_reads() {
         let address = "unix:///run/containerd/s/x";
         assert_eq!(reply(Dialect::Bare, address), address.as_bytes());
-        let json: serde_json::Value =
-            serde_json::from_slice(&reply(Dialect::Json, address)).unwrap();
-        assert_eq!(json["address"], address);
-        assert_eq!(
-            (&json["version"], &json["protocol"]),
-            (&2.into(), &"ttrpc".into())
-        );
-        let result = BootstrapResult::parse_from_bytes(&reply(Dialect::Protobuf, address)).unwrap();
-        assert_eq!((result.version, result.address.as_str()), (3, address));
+        let json = r#"{"address":"unix:///run/containerd/s/x","protocol":"ttrpc","version":2}"#;
+        assert_eq!(reply(Dialect::Json, address), json.as_bytes());
+        let protobuf = b"\x08\x03\x12\x1aunix:///run/containerd/s/x\x1a\x05ttrpc";
+        assert_eq!(reply(Dialect::Protobuf, address), protobuf);
+        // 2.3 tries protobuf first, and must not find it in an older dialect.
+        for dialect in [Dialect::Bare, Dialect::Json] {
+            assert!(BootstrapResult::parse_from_bytes(&reply(dialect, address)).is_err());
+        }
     }
 
     proptest! {
         #[test]
         fn any_input_has_a_dialect(bytes in proptest::collection::vec(any::<u8>(), 0..64)) {
-            let _ = dialect(&bytes, "c1", true);
+            let _ = dialect(&bytes, &args("c1"), true);
         }
     }
 }

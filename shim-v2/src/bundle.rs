@@ -1,7 +1,8 @@
 //! What the shim's commands read from a bundle: which Pod its container belongs to.
 //!
 //! `config.json` may be absent (containerd's Sandbox API has bundles without one): then the container is a
-//! Pod of its own.
+//! Pod of its own. Where containerd has joined a container to a sandbox itself, it wrote the sandbox's id to the
+//! bundle's `sandbox`.
 
 use crate::args::is_name;
 use serde::Deserialize;
@@ -11,18 +12,19 @@ use std::{collections::HashMap, io, path::Path};
 /// runs this program.
 const TYPE_ANNOTATION: &str = "io.kubernetes.cri.container-type";
 const SANDBOX_ANNOTATION: &str = "io.kubernetes.cri.sandbox-id";
+const SANDBOX_FILE: &str = "sandbox";
 
 /// Why a bundle can't be read.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum BundleError {
     /// The file.
-    #[error("reading config.json of the bundle failed")]
-    Read(#[source] io::Error),
+    #[error("reading {0} of the bundle failed")]
+    Read(&'static str, #[source] io::Error),
     /// Its content.
     #[error("config.json of the bundle is not an OCI configuration")]
     Json(#[from] serde_json::Error),
     /// A sandbox id that would be used as part of a path.
-    #[error("annotation {SANDBOX_ANNOTATION} {0:?} is not a container's id")]
+    #[error("sandbox {0:?} of the container is not a container's id")]
     Sandbox(String),
 }
 
@@ -44,10 +46,21 @@ struct Annotated {
 impl Membership {
     /// Reads the bundle's configuration.
     pub(crate) fn read(bundle: &Path, id: &str) -> Result<Self, BundleError> {
-        match std::fs::read(bundle.join("config.json")) {
-            Ok(json) => Self::parse(&json, id),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Self::Own),
-            Err(error) => Err(BundleError::Read(error)),
+        if let Some(sandbox) =
+            read_if_there(bundle, SANDBOX_FILE)?.filter(|name| name != id.as_bytes())
+        {
+            return Self::joins(&String::from_utf8_lossy(&sandbox));
+        }
+        match read_if_there(bundle, "config.json")? {
+            Some(json) => Self::parse(&json, id),
+            None => Ok(Self::Own),
+        }
+    }
+
+    fn joins(sandbox: &str) -> Result<Self, BundleError> {
+        match is_name(sandbox) {
+            true => Ok(Self::Joins(sandbox.to_owned())),
+            false => Err(BundleError::Sandbox(sandbox.to_owned())),
         }
     }
 
@@ -66,12 +79,17 @@ impl Membership {
             .get(TYPE_ANNOTATION)
             .is_some_and(|kind| kind == "container");
         match annotations.get(SANDBOX_ANNOTATION) {
-            Some(sandbox) if joins && sandbox != id => match is_name(sandbox) {
-                true => Ok(Self::Joins(sandbox.clone())),
-                false => Err(BundleError::Sandbox(sandbox.clone())),
-            },
+            Some(sandbox) if joins && sandbox != id => Self::joins(sandbox),
             _ => Ok(Self::Own),
         }
+    }
+}
+
+fn read_if_there(bundle: &Path, name: &'static str) -> Result<Option<Vec<u8>>, BundleError> {
+    match std::fs::read(bundle.join(name)) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(BundleError::Read(name, error)),
     }
 }
 
@@ -100,6 +118,16 @@ mod tests {
             Membership::read(directory.path(), "c1").unwrap(),
             Membership::Own
         );
+    }
+
+    #[test]
+    fn a_container_that_containerd_has_joined_to_a_sandbox_is_known_by_a_file() {
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::write(directory.path().join("sandbox"), "pod").unwrap();
+        let read = || Membership::read(directory.path(), "c1");
+        assert_eq!(read().unwrap(), Membership::Joins("pod".into()));
+        std::fs::write(directory.path().join("sandbox"), "../pod").unwrap();
+        assert!(matches!(read(), Err(BundleError::Sandbox(_))));
     }
 
     #[test]

@@ -49,6 +49,10 @@ impl Sandbox {
             .begin_start()
             .map_err(|state| state_error("start", process.event_id(), state.name()))?;
         let started = async {
+            if process.is_init() {
+                // Docker and `ctr --cni` connect a container between its creation and its start.
+                machine.refresh_network().await?;
+            }
             process.start_stdin()?;
             let started = machine.agent().start(&request.id, &request.exec_id);
             machine.ask(started).await

@@ -88,6 +88,11 @@ impl Cgroup {
         Ok(Self { leaf, record })
     }
 
+    /// Its directory.
+    pub(crate) fn directory(&self) -> &Path {
+        &self.leaf
+    }
+
     /// The file through which a process moves itself in.
     pub(crate) fn open_procs(&self) -> Result<File, CgroupError> {
         let path = self.leaf.join("cgroup.procs");

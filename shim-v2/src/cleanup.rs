@@ -11,7 +11,7 @@ use crate::{
     container::KILLED,
     error::one_line,
     mounts::unmount_below,
-    process_file,
+    network, process_file,
     state_dir::{StateDir, socket_path},
     storage::Share,
 };
@@ -62,6 +62,7 @@ fn remove_sandbox(state: &StateDir, socket: &Path) -> anyhow::Result<u32> {
         Share::left_behind(state.share(), state.tree()).remove(),
     );
     note(&mut errors, cgroup::remove(&state.cgroup()));
+    note(&mut errors, network::undo(&state.network()));
     if errors.is_empty() {
         note(&mut errors, remove_directory(state));
         note(&mut errors, absent_is_fine(fs::remove_file(socket)));

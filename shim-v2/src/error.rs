@@ -3,8 +3,9 @@
 //! containerd maps the codes to its own errors (its `errdefs` package); its clients print the message.
 
 use crate::{
-    agent::AgentError, config::ConfigError, io::IoError, machine::MachineError, spec::SpecError,
-    storage::StorageError, vm::VmError,
+    agent::AgentError, config::ConfigError, io::IoError, machine::MachineError,
+    network::NetworkError, pod_config::PodConfigError, spec::SpecError, storage::StorageError,
+    vm::VmError,
 };
 use std::{error::Error, path::PathBuf};
 use ttrpc::Code;
@@ -27,10 +28,13 @@ pub(crate) enum ShimError {
         /// The process.
         exec_id: String,
     },
-    /// A container or process of that name is there.
+    /// No such sandbox, or none of the Sandbox API.
+    #[error("sandbox {0:?} does not exist")]
+    NoSandbox(String),
+    /// A container, process or sandbox of that name is there.
     #[error("{what} {id:?} already exists")]
     Exists {
-        /// Container or process.
+        /// Which of them.
         what: &'static str,
         /// Its name.
         id: String,
@@ -77,12 +81,25 @@ pub(crate) enum ShimError {
         /// Why.
         source: std::io::Error,
     },
+    /// A file of the Pod's.
+    #[error("{what} {path:?} failed")]
+    File {
+        /// What was attempted.
+        what: &'static str,
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
     /// The VM has ended.
     #[error("the VM has ended: {0}")]
     VmEnded(String),
     /// The container's configuration.
     #[error(transparent)]
     Spec(#[from] SpecError),
+    /// The Pod's configuration.
+    #[error(transparent)]
+    PodConfig(#[from] PodConfigError),
     /// Stdio.
     #[error(transparent)]
     Io(#[from] IoError),
@@ -115,18 +132,22 @@ impl ShimError {
     /// The table.
     fn code(&self) -> Code {
         match self {
-            Self::NoContainer(_) | Self::NoProcess { .. } | Self::Finished => Code::NOT_FOUND,
+            Self::NoContainer(_) | Self::NoProcess { .. } | Self::NoSandbox(_) | Self::Finished => {
+                Code::NOT_FOUND
+            }
             Self::Exists { .. } => Code::ALREADY_EXISTS,
             Self::State { .. } => Code::FAILED_PRECONDITION,
             Self::Unsupported(_) => Code::UNIMPLEMENTED,
-            Self::Name { .. } | Self::Json { .. } | Self::Spec(_) => Code::INVALID_ARGUMENT,
+            Self::Name { .. } | Self::Json { .. } | Self::Spec(_) | Self::PodConfig(_) => {
+                Code::INVALID_ARGUMENT
+            }
             Self::Bundle { .. } => Code::NOT_FOUND,
             Self::VmEnded(_) => Code::UNAVAILABLE,
             Self::Io(IoError::Scheme { .. }) => Code::UNIMPLEMENTED,
             Self::Io(IoError::Open { .. }) => Code::INVALID_ARGUMENT,
             Self::Io(IoError::Stream { source, .. }) | Self::Agent(source) => agent_code(source),
             Self::Machine(error) => machine_code(error),
-            Self::Task(_) => Code::INTERNAL,
+            Self::File { .. } | Self::Task(_) => Code::INTERNAL,
         }
     }
 }
@@ -156,6 +177,15 @@ fn machine_code(error: &MachineError) -> Code {
         MachineError::Config(_) => Code::INVALID_ARGUMENT,
         MachineError::Cgroup(crate::cgroup::CgroupError::Path(_)) => Code::INVALID_ARGUMENT,
         MachineError::Cgroup(crate::cgroup::CgroupError::NotVersion2) => Code::FAILED_PRECONDITION,
+        MachineError::Network(error) => match error {
+            NetworkError::HostNetwork(_) | NetworkError::Unmirrorable { .. } => Code::UNIMPLEMENTED,
+            NetworkError::Namespace { .. } | NetworkError::Redirected(_) => {
+                Code::FAILED_PRECONDITION
+            }
+            NetworkError::Operation { .. }
+            | NetworkError::News(_)
+            | NetworkError::Record { .. } => Code::INTERNAL,
+        },
         MachineError::Storage(error) => match error {
             StorageError::NoVolume(_) => Code::NOT_FOUND,
             StorageError::VolumeKind { .. } | StorageError::Options { .. } => Code::UNIMPLEMENTED,

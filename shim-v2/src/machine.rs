@@ -9,25 +9,37 @@ use crate::{
     config::{Config, ConfigError},
     error::ShimError,
     log,
+    network::{NetworkError, Nic, PodNetwork},
+    pod_metrics,
     spec::HostPart,
     state_dir::StateDir,
     storage::{Needs, Share, StorageError},
     vm::{Plan, SHARE_TAG, Vm, VmError},
 };
+use protobuf::well_known_types::any::Any;
+use rustix::{
+    io::Errno,
+    net::{RecvFlags, recv},
+};
 use std::{
     future::Future,
     io,
+    os::fd::AsFd as _,
     path::Path,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, SystemTime},
 };
-use tokio::{task::spawn_blocking, time::timeout};
+use tokio::{io::Interest, net::UnixDatagram, sync::OnceCell, task::spawn_blocking, time::timeout};
+use walnut_agent_api::guest;
 
 /// Between the agent's answer to Shutdown and the VMM's end.
 const POWER_OFF_DEADLINE: Duration = Duration::from_secs(15);
 /// Between a connection that breaks because the VMM ends and the VMM's exit status.
 const EXIT_DEADLINE: Duration = Duration::from_secs(2);
-/// A guest's host name when the Pod names none.
+/// A guest's host name when neither the Pod nor the node has one.
 const DEFAULT_HOSTNAME: &str = "walnut";
 
 /// Why there is no machine, or why it left something behind.
@@ -42,6 +54,9 @@ pub(crate) enum MachineError {
     /// The share.
     #[error(transparent)]
     Storage(#[from] StorageError),
+    /// The network.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     /// The VM.
     #[error(transparent)]
     Vm(#[from] VmError),
@@ -62,6 +77,7 @@ struct HostResources {
     state: StateDir,
     share: Arc<Share>,
     cgroup: Arc<Cgroup>,
+    network: Arc<tokio::sync::Mutex<PodNetwork>>,
 }
 
 /// A booted machine.
@@ -72,6 +88,8 @@ pub(crate) struct Machine {
     started_at: SystemTime,
     /// vCPUs and MiB of RAM at the start.
     size: (u8, u32),
+    ending: AtomicBool,
+    ended: OnceCell<()>,
 }
 
 impl Machine {
@@ -82,7 +100,7 @@ impl Machine {
         part: &HostPart,
     ) -> Result<Self, MachineError> {
         let config = Config::load()?;
-        let host = HostResources::acquire(state, fallback_cgroup, part)?;
+        let host = HostResources::acquire(state, fallback_cgroup, part, config.vcpus)?;
         let started_at = SystemTime::now();
         let booted = boot_on(&host, &config, part).await;
         match booted {
@@ -92,6 +110,8 @@ impl Machine {
                 host,
                 started_at,
                 size: (config.vcpus, config.memory_mib),
+                ending: AtomicBool::new(false),
+                ended: OnceCell::new(),
             }),
             Err(error) => {
                 host.release().await;
@@ -118,6 +138,11 @@ impl Machine {
     /// vCPUs and MiB of RAM that the VM was started with.
     pub(crate) fn size(&self) -> (u8, u32) {
         self.size
+    }
+
+    /// What the Pod costs the host.
+    pub(crate) fn metrics(&self) -> Any {
+        pod_metrics::read(self.host.cgroup.directory())
     }
 
     /// Waits for the VM's end.
@@ -150,7 +175,11 @@ impl Machine {
             () = self.vm.exited() => return Err(ShimError::VmEnded(self.describe_end())),
         };
         let broken = error.is_broken_connection();
-        if broken && timeout(EXIT_DEADLINE, self.vm.exited()).await.is_ok() {
+        let patience = match self.ending.load(Ordering::Relaxed) {
+            true => POWER_OFF_DEADLINE,
+            false => EXIT_DEADLINE,
+        };
+        if broken && timeout(patience, self.vm.exited()).await.is_ok() {
             return Err(ShimError::VmEnded(self.describe_end()));
         }
         Err(error)
@@ -174,19 +203,82 @@ impl Machine {
         Ok(spawn_blocking(move || share.withdraw(&container_id)).await??)
     }
 
-    /// Shuts the guest down, ends the VM and releases what the host holds.
-    pub(crate) async fn stop(&self) {
-        if !self.has_exited() {
-            let asked = self.agent.shutdown().await;
-            let powered_off =
-                asked.is_ok() && timeout(POWER_OFF_DEADLINE, self.vm.exited()).await.is_ok();
-            if !powered_off {
-                if let Err(error) = asked {
-                    log::error("the guest does not shut down", &error);
+    /// Gives the guest what has come to the Pod's network since the last look, and takes what has gone.
+    pub(crate) async fn refresh_network(&self) -> Result<(), MachineError> {
+        let mut network = Arc::clone(&self.host.network).lock_owned().await;
+        let (mut network, (wanted, nics)) = spawn_blocking(move || {
+            let looked = network.look()?;
+            Ok::<_, NetworkError>((network, looked))
+        })
+        .await??;
+        for nic in nics {
+            let index = nic.index;
+            match self.vm.attach_network(nic).await {
+                Ok(device) => network.placed(index, device),
+                Err(error) => {
+                    spawn_blocking(move || network.give_up(index)).await?;
+                    return Err(error.into());
                 }
-                self.vm.stop().await;
             }
         }
+        if let Some(wanted) = network.to_tell(wanted) {
+            self.agent.update_network(&wanted).await?;
+            for device in network.told(wanted) {
+                self.vm.detach(&device).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Refreshes the network whenever something changes in the Pod's namespace, until the VM ends.
+    pub(crate) async fn follow_network(self: Arc<Self>) {
+        let news = self.host.network.lock().await.news();
+        let followed = async {
+            let Some(news) = news? else { return Ok(()) };
+            // The type is tokio's for any socket of datagrams.
+            let news = UnixDatagram::from_std(news.into()).map_err(NetworkError::News)?;
+            loop {
+                drain(&news).await.map_err(NetworkError::News)?;
+                if let Err(error) = self.refresh_network().await
+                    && !self.has_exited()
+                {
+                    log::error("following a change of the Pod's network", &error);
+                }
+            }
+        };
+        let followed: Result<(), NetworkError> = tokio::select! {
+            followed = followed => followed,
+            () = self.exited() => return,
+        };
+        if let Err(error) = followed {
+            log::error("following the Pod's network", &error);
+        }
+    }
+
+    /// Shuts the guest down and ends the VM. Who else asks waits for the same end.
+    pub(crate) async fn end(&self) {
+        self.ending.store(true, Ordering::Relaxed);
+        self.ended.get_or_init(|| self.power_off()).await;
+    }
+
+    async fn power_off(&self) {
+        if self.has_exited() {
+            return;
+        }
+        let asked = self.agent.shutdown().await;
+        let powered_off =
+            asked.is_ok() && timeout(POWER_OFF_DEADLINE, self.vm.exited()).await.is_ok();
+        if !powered_off {
+            if let Err(error) = asked {
+                log::error("the guest does not shut down", &error);
+            }
+            self.vm.stop().await;
+        }
+    }
+
+    /// Ends the VM and releases what the host holds.
+    pub(crate) async fn stop(&self) {
+        self.end().await;
         self.host.release().await;
     }
 }
@@ -196,7 +288,10 @@ impl HostResources {
         state: &StateDir,
         fallback_cgroup: &Path,
         part: &HostPart,
+        vcpus: u8,
     ) -> Result<Self, MachineError> {
+        // Nothing is changed by it yet.
+        let network = PodNetwork::open(&part.network, state.network(), vcpus)?;
         let cgroup = Cgroup::create(
             part.cgroups_path.as_deref(),
             fallback_cgroup,
@@ -207,6 +302,7 @@ impl HostResources {
                 state: state.clone(),
                 share: Arc::new(share),
                 cgroup: Arc::new(cgroup),
+                network: Arc::new(tokio::sync::Mutex::new(network)),
             }),
             Err(error) => {
                 // The first error is the one to tell.
@@ -216,10 +312,17 @@ impl HostResources {
         }
     }
 
+    /// What stands in the Pod's namespace, and devices for what is new in it.
+    async fn look_at_network(&self) -> Result<(guest::Network, Vec<Nic>), MachineError> {
+        let mut network = Arc::clone(&self.network).lock_owned().await;
+        Ok(spawn_blocking(move || network.look()).await??)
+    }
+
     /// Releases everything. What fails stays for the `delete` command, and is told to the log.
     async fn release(&self) {
         let share = Arc::clone(&self.share);
         let cgroup = Arc::clone(&self.cgroup);
+        let mut network = Arc::clone(&self.network).lock_owned().await;
         let files = [
             self.state.vsock(),
             self.state.console(),
@@ -228,6 +331,9 @@ impl HostResources {
         let released = spawn_blocking(move || {
             if let Err(error) = share.remove() {
                 log::error("removing the share", &error);
+            }
+            if let Err(error) = network.release() {
+                log::error("leaving the Pod's network", &error);
             }
             if let Err(error) = cgroup.remove() {
                 log::error("removing the cgroup", &error);
@@ -259,13 +365,14 @@ async fn boot_on(
         share: host.share.root(),
         oom_score_adj: part.oom_score_adj,
     };
-    let vm = Vm::boot(&plan).await?;
-    let hostname = part.hostname.as_deref().filter(|name| !name.is_empty());
+    let (network, nics) = host.look_at_network().await?;
+    let vm = Vm::boot(&plan, nics).await?;
+    let hostname = hostname(part.hostname.as_deref());
     let set_up = async {
+        host.network.lock().await.adopt(vm.pid())?;
         let agent = Agent::connect(host.state.vsock()).await?;
-        agent
-            .setup(hostname.unwrap_or(DEFAULT_HOSTNAME), SHARE_TAG)
-            .await?;
+        agent.setup(&hostname, SHARE_TAG, &network).await?;
+        host.network.lock().await.told(network);
         Ok(agent)
     };
     let agent = tokio::select! {
@@ -277,6 +384,42 @@ async fn boot_on(
         Err(error) => {
             vm.kill().await;
             Err(error)
+        }
+    }
+}
+
+/// A Pod that has no name of its own has the node's, as with namespaces.
+fn hostname(of_pod: Option<&str>) -> String {
+    let node = rustix::system::uname();
+    let plain = |name: &&str| {
+        !name.is_empty()
+            && name
+                .bytes()
+                .all(|byte| byte.is_ascii_alphanumeric() || b"-._".contains(&byte))
+    };
+    of_pod
+        .filter(|name| !name.is_empty())
+        .or(node.nodename().to_str().ok().filter(plain))
+        .unwrap_or(DEFAULT_HOSTNAME)
+        .to_owned()
+}
+
+/// Waits until a socket has something, and reads all of it.
+async fn drain(news: &UnixDatagram) -> io::Result<()> {
+    news.readable().await?;
+    let receive = || {
+        let mut datagram = [0; 64];
+        match recv(news.as_fd(), datagram.as_mut_slice(), RecvFlags::empty()) {
+            // Some were lost, which is news too.
+            Ok(_) | Err(Errno::NOBUFS) => Ok(()),
+            Err(error) => Err(io::Error::from(error)),
+        }
+    };
+    loop {
+        match news.try_io(Interest::READABLE, receive) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+            Err(error) => return Err(error),
         }
     }
 }

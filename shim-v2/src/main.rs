@@ -16,13 +16,20 @@ mod container;
 mod control;
 mod error;
 mod events;
+mod info;
 mod insight;
 mod io;
 mod log;
 mod machine;
 mod mounts;
+mod network;
+mod pod;
+mod pod_config;
+mod pod_files;
+mod pod_metrics;
 mod process_file;
 mod sandbox;
+mod sandbox_api;
 mod server;
 mod service;
 mod slots;
@@ -49,7 +56,7 @@ fn run() -> anyhow::Result<()> {
     match args.command {
         Command::Start => bootstrap::start(&args),
         Command::Delete => cleanup::delete(&args),
-        Command::Info => bootstrap::info(),
+        Command::Info => info::print(),
         Command::Version => bootstrap::version(),
         Command::Serve => server::serve(&args),
     }

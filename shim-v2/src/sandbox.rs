@@ -8,6 +8,8 @@
 //!     +------------------------------------------ Stopping
 //! ```
 //!
+//! In a Pod of the Sandbox API (`sandbox_api`) that API, and not the first Create and the last Delete, boots and
+//! stops the machine. A Pod whose own container, the CRI's sandbox, ends has its VM ended.
 //! A machine whose VM has ended stays `Running` until its last container is deleted: its containers have
 //! exited with 137, and State, Kill and Delete answer. No lock is held while the guest or containerd is
 //! waited for.
@@ -21,6 +23,9 @@ use crate::{
     io::{Stdio, Streams},
     log,
     machine::Machine,
+    pod::{self, Pod},
+    pod_files,
+    sandbox_api::Stage,
     slots::{SlotError, Slots},
     spec::{self, HostPart, Translation},
     state_dir::StateDir,
@@ -51,7 +56,10 @@ enum Phase {
 
 /// A Pod.
 pub(crate) struct Sandbox {
-    state: StateDir,
+    pub(crate) id: String,
+    /// Where it is in a life of its own, if it has one.
+    pub(crate) stage: watch::Sender<Stage>,
+    pub(crate) state: StateDir,
     fallback_cgroup: PathBuf,
     phase: watch::Sender<Phase>,
     pub(crate) containers: Slots<Container>,
@@ -64,6 +72,8 @@ impl Sandbox {
     /// A Pod without a machine.
     pub(crate) fn new(namespace: &str, id: &str, state: StateDir, events: Events) -> Self {
         Self {
+            id: id.to_owned(),
+            stage: watch::Sender::new(Stage::Absent),
             state,
             fallback_cgroup: Path::new("/walnut").join(namespace).join(id),
             phase: watch::Sender::new(Phase::Idle),
@@ -89,14 +99,16 @@ impl Sandbox {
         if !request.checkpoint.is_empty() {
             return Err(ShimError::Unsupported("restoring a checkpoint"));
         }
-        if !self.containers.reserve(&id) {
+        // In the guest a Pod of the Sandbox API has a container of its own, by its id.
+        let is_pods = id == self.id && !self.stage.borrow().is_absent();
+        if is_pods || !self.containers.reserve(&id) {
             return Err(ShimError::Exists {
                 what: "container",
                 id,
             });
         }
         match self.create_reserved(&request).await {
-            Ok((machine, container)) => {
+            Ok((machine, container, is_sandbox)) => {
                 let container = Arc::new(container);
                 let init = Arc::clone(&container.init);
                 if !self.containers.fill_if_wanted(&id, container) {
@@ -106,7 +118,13 @@ impl Sandbox {
                 }
                 let pid = init.pid();
                 self.events.created(&request, pid);
-                tokio::spawn(watch_process(machine, init, self.events.clone()));
+                let told = watch_process(Arc::clone(&machine), init, self.events.clone());
+                tokio::spawn(async move {
+                    told.await;
+                    if is_sandbox {
+                        machine.end().await;
+                    }
+                });
                 Ok(pid)
             }
             Err(error) => {
@@ -119,11 +137,19 @@ impl Sandbox {
     async fn create_reserved(
         &self,
         request: &api::CreateTaskRequest,
-    ) -> Result<(Arc<Machine>, Container), ShimError> {
+    ) -> Result<(Arc<Machine>, Container, bool), ShimError> {
         let bundle = PathBuf::from(&request.bundle);
-        let host_spec = read_spec(&bundle.join("config.json"))?;
-        let part = spec::host_part(&host_spec);
-        let Translation { guest, volumes } = spec::translate(host_spec, &request.id)?;
+        let mut host_spec = read_spec(&bundle.join("config.json"))?;
+        if !self.stage.borrow().is_absent() {
+            pod_files::mount(&mut host_spec, &self.state.etc());
+        }
+        let part = spec::host_part(&host_spec)?;
+        let is_sandbox = pod::is_sandbox(&host_spec);
+        let pod = Pod {
+            id: &self.id,
+            pid: self.running().map(|machine| machine.pid()),
+        };
+        let Translation { guest, volumes } = spec::translate(host_spec, &request.id, pod)?;
         let json = serde_json::to_vec(&guest).map_err(|source| ShimError::Json {
             what: "the guest's configuration",
             path: bundle.clone(),
@@ -154,6 +180,7 @@ impl Sandbox {
                         init,
                         execs: Slots::default(),
                     },
+                    is_sandbox,
                 ))
             }
             Err(error) => {
@@ -166,7 +193,7 @@ impl Sandbox {
     }
 
     /// The running machine; boots it when there is none, or waits for the call that does.
-    async fn machine(&self, part: &HostPart) -> Result<Arc<Machine>, ShimError> {
+    pub(crate) async fn machine(&self, part: &HostPart) -> Result<Arc<Machine>, ShimError> {
         let mut phases = self.phase.subscribe();
         loop {
             let phase = phases.borrow_and_update().clone();
@@ -174,7 +201,14 @@ impl Sandbox {
                 Phase::Running(machine) if machine.has_exited() => {
                     return Err(ShimError::VmEnded(machine.describe_end()));
                 }
-                Phase::Running(machine) => return Ok(machine),
+                Phase::Running(machine) => {
+                    machine.refresh_network().await?;
+                    return Ok(machine);
+                }
+                Phase::Idle if !self.may_boot() => {
+                    let stage = self.stage.borrow();
+                    return Err(state_error("use sandbox", &self.id, stage.name()));
+                }
                 Phase::Idle if self.enter(Phase::Booting, |now| matches!(now, Phase::Idle)) => {
                     return self.boot(part).await;
                 }
@@ -188,6 +222,10 @@ impl Sandbox {
         }
     }
 
+    fn may_boot(&self) -> bool {
+        matches!(*self.stage.borrow(), Stage::Absent | Stage::Starting)
+    }
+
     async fn boot(&self, part: &HostPart) -> Result<Arc<Machine>, ShimError> {
         match Machine::boot(&self.state, &self.fallback_cgroup, part).await {
             Ok(machine) => {
@@ -195,6 +233,7 @@ impl Sandbox {
                 self.phase
                     .send_replace(Phase::Running(Arc::clone(&machine)));
                 tokio::spawn(log_unexpected_end(machine.exited(), self.phase.subscribe()));
+                tokio::spawn(Arc::clone(&machine).follow_network());
                 Ok(machine)
             }
             Err(error) => {
@@ -282,26 +321,33 @@ impl Sandbox {
         Ok(exit)
     }
 
-    /// Forgets a container; without containers there is no machine.
+    /// Forgets a container; without containers there is no machine, unless the Pod has a life of its own.
     async fn forget(&self, id: &str) {
         if !self.containers.remove(id) {
             return;
         }
-        let Some(machine) = self.running() else {
-            self.leave_if_asked();
-            return;
-        };
-        // Nothing waits between the removal and this: a Create that comes next finds `Stopping` and waits.
-        self.enter(Phase::Stopping, |phase| matches!(phase, Phase::Running(_)));
-        machine.stop().await;
-        self.phase.send_replace(Phase::Idle);
+        if self.stage.borrow().is_absent() {
+            self.close_machine().await;
+        }
         self.leave_if_asked();
     }
 
+    /// Stops the machine, if there is one.
+    pub(crate) async fn close_machine(&self) {
+        let Some(machine) = self.running() else {
+            return;
+        };
+        // Nothing waits between the removal and this: a Create that comes next finds `Stopping` and waits.
+        if self.enter(Phase::Stopping, |phase| matches!(phase, Phase::Running(_))) {
+            machine.stop().await;
+            self.phase.send_replace(Phase::Idle);
+        }
+    }
+
     /// Shutdown: ends the server, unless there are containers. containerd does not ask again, so that
-    /// containers which are being made for nobody only put it off.
+    /// containers which are being made for nobody only put it off. A Pod of the Sandbox API has its own Shutdown.
     pub(crate) fn shutdown(&self) {
-        if self.containers.is_abandoned() {
+        if self.stage.borrow().is_absent() && self.containers.is_abandoned() {
             self.asked_to_leave.send_replace(true);
             self.leave_if_asked();
         }
@@ -309,8 +355,13 @@ impl Sandbox {
 
     fn leave_if_asked(&self) {
         if *self.asked_to_leave.borrow() && self.containers.is_empty() {
-            self.finished.send_replace(true);
+            self.finish();
         }
+    }
+
+    /// Ends the server.
+    pub(crate) fn finish(&self) {
+        self.finished.send_replace(true);
     }
 
     /// Waits for a Shutdown that was obeyed.

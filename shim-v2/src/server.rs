@@ -1,6 +1,7 @@
 //! The server that `start` leaves behind: one per Pod, one ttrpc socket, until containerd says Shutdown.
 //!
-//! Serves the Task service under its two names; their messages are the same on the wire.
+//! Serves the Task service under its two names, whose messages are the same on the wire, and the Sandbox
+//! service.
 
 use crate::{
     args::Args,
@@ -11,11 +12,11 @@ use crate::{
     insight::PodService,
     log, process_file,
     sandbox::Sandbox,
-    service::TaskService,
+    service::{SandboxService, TaskService},
     state_dir::{StateDir, socket_path},
 };
 use anyhow::Context as _;
-use containerd_shim_protos::shim_async::create_task;
+use containerd_shim_protos::{sandbox_async::create_sandbox, shim_async::create_task};
 use futures_core::Stream;
 use rustix::stdio::{dup2_stdin, dup2_stdout};
 use std::{
@@ -109,6 +110,9 @@ async fn run(args: &Args, listener: StdListener) -> anyhow::Result<()> {
             .map(|(_, service)| (TASK_V2.to_owned(), service)),
     );
     services.extend(create_pod(Arc::new(PodService(Arc::clone(&sandbox)))));
+    services.extend(create_sandbox(Arc::new(SandboxService(Arc::clone(
+        &sandbox,
+    )))));
     let mut server = Server::new()
         .add_listener(Listener::new(accepting))
         .register_service(services);

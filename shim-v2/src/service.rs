@@ -1,11 +1,11 @@
-//! containerd's Task service: decode, call, encode. No logic.
+//! containerd's Task and Sandbox services: decode, call, encode. No logic.
 //!
 //! Each call runs as a task of its own, so that a caller that goes away or gives up doesn't leave a
 //! container half made.
 
 use crate::{error::ShimError, sandbox::Sandbox};
 use async_trait::async_trait;
-use containerd_shim_protos::{api, shim_async::Task};
+use containerd_shim_protos::{api, sandbox_api, sandbox_async, shim_async::Task};
 use protobuf::MessageField;
 use std::{future::Future, sync::Arc};
 use ttrpc::r#async::TtrpcContext;
@@ -179,5 +179,103 @@ impl Task for TaskService {
         _: api::CheckpointTaskRequest,
     ) -> ttrpc::Result<api::Empty> {
         Err(ShimError::Unsupported("checkpoint").into())
+    }
+}
+
+/// The Sandbox service of one Pod.
+pub(crate) struct SandboxService(pub(crate) Arc<Sandbox>);
+
+#[async_trait]
+impl sandbox_async::Sandbox for SandboxService {
+    async fn create_sandbox(
+        &self,
+        _: &TtrpcContext,
+        request: sandbox_api::CreateSandboxRequest,
+    ) -> ttrpc::Result<sandbox_api::CreateSandboxResponse> {
+        self.0.create_sandbox(&request)?;
+        Ok(sandbox_api::CreateSandboxResponse::default())
+    }
+
+    async fn start_sandbox(
+        &self,
+        _: &TtrpcContext,
+        request: sandbox_api::StartSandboxRequest,
+    ) -> ttrpc::Result<sandbox_api::StartSandboxResponse> {
+        let started = run(Arc::clone(&self.0).start_sandbox(request.sandbox_id));
+        let (pid, created_at) = started.await?;
+        Ok(sandbox_api::StartSandboxResponse {
+            pid,
+            created_at: MessageField::some(created_at.into()),
+            ..Default::default()
+        })
+    }
+
+    async fn platform(
+        &self,
+        _: &TtrpcContext,
+        _: sandbox_api::PlatformRequest,
+    ) -> ttrpc::Result<sandbox_api::PlatformResponse> {
+        let mut response = sandbox_api::PlatformResponse::default();
+        let platform = response.platform.mut_or_insert_default();
+        platform.os = "linux".to_owned();
+        // The guest kernel is built for no other.
+        platform.architecture = "amd64".to_owned();
+        Ok(response)
+    }
+
+    async fn stop_sandbox(
+        &self,
+        _: &TtrpcContext,
+        request: sandbox_api::StopSandboxRequest,
+    ) -> ttrpc::Result<sandbox_api::StopSandboxResponse> {
+        run(Arc::clone(&self.0).stop_sandbox(request.sandbox_id)).await?;
+        Ok(sandbox_api::StopSandboxResponse::default())
+    }
+
+    async fn wait_sandbox(
+        &self,
+        _: &TtrpcContext,
+        request: sandbox_api::WaitSandboxRequest,
+    ) -> ttrpc::Result<sandbox_api::WaitSandboxResponse> {
+        let exit = Arc::clone(&self.0).wait_sandbox(request.sandbox_id).await?;
+        Ok(sandbox_api::WaitSandboxResponse {
+            exit_status: exit.status,
+            exited_at: MessageField::some(exit.at.into()),
+            ..Default::default()
+        })
+    }
+
+    async fn sandbox_status(
+        &self,
+        _: &TtrpcContext,
+        request: sandbox_api::SandboxStatusRequest,
+    ) -> ttrpc::Result<sandbox_api::SandboxStatusResponse> {
+        Ok(self.0.sandbox_status(&request.sandbox_id)?)
+    }
+
+    async fn ping_sandbox(
+        &self,
+        _: &TtrpcContext,
+        request: sandbox_api::PingRequest,
+    ) -> ttrpc::Result<sandbox_api::PingResponse> {
+        self.0.ping_sandbox(&request.sandbox_id)?;
+        Ok(sandbox_api::PingResponse::default())
+    }
+
+    async fn shutdown_sandbox(
+        &self,
+        _: &TtrpcContext,
+        request: sandbox_api::ShutdownSandboxRequest,
+    ) -> ttrpc::Result<sandbox_api::ShutdownSandboxResponse> {
+        run(Arc::clone(&self.0).shutdown_sandbox(request.sandbox_id)).await?;
+        Ok(sandbox_api::ShutdownSandboxResponse::default())
+    }
+
+    async fn sandbox_metrics(
+        &self,
+        _: &TtrpcContext,
+        request: sandbox_api::SandboxMetricsRequest,
+    ) -> ttrpc::Result<sandbox_api::SandboxMetricsResponse> {
+        Ok(self.0.sandbox_metrics(&request.sandbox_id)?)
     }
 }

@@ -4,10 +4,13 @@
 //! only what has no meaning beyond the host: its namespaces and its file systems.
 //! OCI runtime specification 1.2, config.md and config-linux.md.
 
-use crate::mounts::{Bind, MountOptionsError, parse_options};
+use crate::{
+    mounts::{Bind, MountOptionsError, parse_options},
+    pod::{self, Pod},
+};
 use oci_spec::runtime::{LinuxNamespaceType, Mount, Spec};
 use std::path::{Path, PathBuf};
-use walnut_agent_api::SHARE_MOUNT_POINT;
+use walnut_agent_api::{POD_SHM, SHARE_MOUNT_POINT};
 
 /// File systems that the guest's kernel makes by itself.
 const GUEST_FILE_SYSTEMS: [&str; 7] = [
@@ -34,6 +37,15 @@ pub(crate) struct Volume {
     pub(crate) read_only: bool,
 }
 
+/// Where a Pod's network is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum NetworkNamespace {
+    /// Somebody has made it.
+    Path(PathBuf),
+    /// The Pod's own, empty until somebody looks for it by the Pod's process id.
+    New,
+}
+
 /// What the host's side of a sandbox takes from the configuration of its first container.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct HostPart {
@@ -43,6 +55,8 @@ pub(crate) struct HostPart {
     pub(crate) hostname: Option<String>,
     /// How readily the host's kernel kills the VM when memory is short.
     pub(crate) oom_score_adj: i32,
+    /// Where its network is.
+    pub(crate) network: NetworkNamespace,
 }
 
 /// Why a configuration is refused.
@@ -50,13 +64,21 @@ pub(crate) struct HostPart {
 pub(crate) enum SpecError {
     /// A namespace of the host.
     #[error(
-        "linux.namespaces: {kind} namespace {path:?} belongs to the host, which a container in a VM cannot join"
+        "linux.namespaces: {kind} namespace {path:?} is not of this Pod, and a container in a VM can join no other"
     )]
     HostNamespace {
         /// Its type.
         kind: LinuxNamespaceType,
         /// Its path.
         path: PathBuf,
+    },
+    /// No namespace where that means the host's.
+    #[error(
+        "linux.namespaces has no {kind} namespace: the host's is out of reach of a container in a VM"
+    )]
+    SharesHost {
+        /// The type that is missing.
+        kind: LinuxNamespaceType,
     },
     /// A mount that isn't a bind mount and that the guest can't make.
     #[error("mounts[{index}].type {kind:?} at {destination:?} is not supported")]
@@ -94,9 +116,18 @@ pub(crate) enum SpecError {
 }
 
 /// What the sandbox needs from the configuration.
-pub(crate) fn host_part(spec: &Spec) -> HostPart {
+pub(crate) fn host_part(spec: &Spec) -> Result<HostPart, SpecError> {
     let linux = spec.linux().as_ref();
-    HostPart {
+    let mut namespaces = linux
+        .iter()
+        .flat_map(|linux| linux.namespaces().iter().flatten());
+    let network = namespaces
+        .find(|namespace| namespace.typ() == LinuxNamespaceType::Network)
+        .ok_or(SpecError::SharesHost {
+            kind: LinuxNamespaceType::Network,
+        })?;
+    let path = network.path().clone().filter(|path| path != Path::new(""));
+    Ok(HostPart {
         cgroups_path: linux.and_then(|linux| linux.cgroups_path().clone()),
         hostname: spec.hostname().clone(),
         oom_score_adj: spec
@@ -104,51 +135,52 @@ pub(crate) fn host_part(spec: &Spec) -> HostPart {
             .as_ref()
             .and_then(oci_spec::runtime::Process::oom_score_adj)
             .unwrap_or(0),
-    }
+        network: path.map_or(NetworkNamespace::New, NetworkNamespace::Path),
+    })
 }
 
 /// Rewrites a configuration for the guest.
-pub(crate) fn translate(mut spec: Spec, container_id: &str) -> Result<Translation, SpecError> {
+pub(crate) fn translate(
+    mut spec: Spec,
+    container_id: &str,
+    pod: Pod<'_>,
+) -> Result<Translation, SpecError> {
     let base = Path::new(SHARE_MOUNT_POINT).join(container_id);
     let root = spec.root_mut().as_mut().ok_or(SpecError::Missing("root"))?;
     // Changed in place: what the crate builds anew is read-only unless told otherwise.
     root.set_path(base.join("rootfs"));
-    translate_linux(&mut spec, container_id)?;
-    let volumes = translate_mounts(&mut spec, &base.join("mounts"))?;
+    translate_linux(&mut spec, container_id, pod)?;
+    let volumes = translate_mounts(&mut spec, &base.join("mounts"), pod)?;
     Ok(Translation {
         guest: spec,
         volumes,
     })
 }
 
-fn translate_linux(spec: &mut Spec, container_id: &str) -> Result<(), SpecError> {
+/// The part of [`translate`] that also holds for a container without files of the host.
+pub(crate) fn translate_linux(
+    spec: &mut Spec,
+    container_id: &str,
+    pod: Pod<'_>,
+) -> Result<(), SpecError> {
     let Some(linux) = spec.linux_mut() else {
         return Ok(());
     };
     // The host's cgroup holds the VM; this container's own is made by the guest's kernel.
     linux.set_cgroups_path(Some(Path::new("/").join(container_id)));
-    let Some(namespaces) = linux.namespaces_mut() else {
-        return Ok(());
-    };
-    // The Pod's network isolation is the VM: its containers share the guest's own network namespace.
-    namespaces.retain(|namespace| namespace.typ() != LinuxNamespaceType::Network);
-    for namespace in namespaces {
-        if let Some(path) = namespace
-            .path()
-            .as_ref()
-            .filter(|path| *path != Path::new(""))
-        {
-            return Err(SpecError::HostNamespace {
-                kind: namespace.typ(),
-                path: path.clone(),
-            });
-        }
+    match linux.namespaces_mut() {
+        Some(namespaces) => pod.share(namespaces),
+        None => Ok(()),
     }
-    Ok(())
 }
 
-fn translate_mounts(spec: &mut Spec, guest_base: &Path) -> Result<Vec<Volume>, SpecError> {
+fn translate_mounts(
+    spec: &mut Spec,
+    guest_base: &Path,
+    pod: Pod<'_>,
+) -> Result<Vec<Volume>, SpecError> {
     let mut volumes = Vec::new();
+    let joins_ipc = pod::joins_ipc(spec);
     let mounts = spec
         .mounts_mut()
         .as_mut()
@@ -157,6 +189,15 @@ fn translate_mounts(spec: &mut Spec, guest_base: &Path) -> Result<Vec<Volume>, S
         let destination = mount.destination().clone();
         let kind = mount.typ().clone().unwrap_or_default();
         let options = mount.options().clone().unwrap_or_default();
+        if pod.is_shm(mount, joins_ipc) {
+            // Of its options only those of the mount, as a size is the file system's.
+            let access = options.iter().filter(|option| *option == "ro");
+            let access = access.cloned().chain(["bind".to_owned()]).collect();
+            mount.set_typ(Some("bind".to_owned()));
+            mount.set_source(Some(POD_SHM.into()));
+            mount.set_options(Some(access));
+            continue;
+        }
         let is_bind = |option: &String| option == "bind" || option == "rbind";
         if kind == "bind" || options.iter().any(is_bind) {
             let volume = volume(index, mount, &options)?;
@@ -204,6 +245,11 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    const POD: Pod<'_> = Pod {
+        id: "pod",
+        pid: Some(77),
+    };
+
     fn spec(json: &str) -> Spec {
         serde_json::from_str(json).unwrap()
     }
@@ -216,7 +262,7 @@ mod tests {
 
     #[test]
     fn the_root_is_in_the_share_and_stays_read_only() {
-        let guest = translate(with_mounts("[]"), "c1").unwrap().guest;
+        let guest = translate(with_mounts("[]"), "c1", POD).unwrap().guest;
         let root = guest.root().as_ref().unwrap();
         assert_eq!(root.path(), Path::new("/run/walnut/share/c1/rootfs"));
         assert_eq!(root.readonly(), Some(true));
@@ -225,7 +271,7 @@ mod tests {
     #[test]
     fn a_root_that_says_nothing_stays_writable() {
         let json = r#"{"ociVersion":"1.2.0","root":{"path":"rootfs"}}"#;
-        let guest = translate(spec(json), "c1").unwrap().guest;
+        let guest = translate(spec(json), "c1", POD).unwrap().guest;
         let root = serde_json::to_value(guest.root()).unwrap();
         assert_ne!(root["readonly"], true);
     }
@@ -239,6 +285,7 @@ mod tests {
                     {"destination":"/data","type":"none","source":"/h/data","options":["bind"]}]"#,
             ),
             "c1",
+            POD,
         )
         .unwrap();
         let mounts = translation.guest.mounts().as_ref().unwrap();
@@ -277,44 +324,56 @@ mod tests {
                 "mounts[0].source \"relative\" at \"/d\" must be an absolute path",
             ),
         ] {
-            let error = translate(with_mounts(mounts), "c1").unwrap_err();
+            let error = translate(with_mounts(mounts), "c1", POD).unwrap_err();
             assert_eq!(error.to_string(), expected);
         }
     }
 
     #[test]
-    fn namespaces_of_the_host_are_refused_and_the_network_is_the_vms() {
-        let json = |namespace: &str| {
-            spec(&format!(
-                r#"{{"ociVersion":"1.2.0","root":{{"path":"rootfs"}},"linux":{{
-                    "cgroupsPath":"/default/c1","namespaces":[{namespace}]}}}}"#
-            ))
-        };
-        let network = r#"{"type":"network","path":"/var/run/netns/x"},{"type":"pid"}"#;
-        let guest = translate(json(network), "c1").unwrap().guest;
+    fn the_cgroup_and_the_shm_are_the_guests() {
+        let json = r#"{"ociVersion":"1.2.0","root":{"path":"rootfs"},
+            "mounts":[{"destination":"/dev/shm","type":"bind","source":"/s/pod/shm","options":["rbind","ro"]},
+                      {"destination":"/data","type":"bind","source":"/h","options":["rbind"]}],
+            "linux":{"cgroupsPath":"/default/c1","namespaces":[{"type":"pid"},{"type":"ipc"},{"type":"mount"}]}}"#;
+        let Translation { guest, volumes } = translate(spec(json), "c1", POD).unwrap();
         let linux = guest.linux().as_ref().unwrap();
         assert_eq!(linux.cgroups_path().as_deref(), Some(Path::new("/c1")));
-        let kept: Vec<_> = linux
-            .namespaces()
-            .as_ref()
-            .unwrap()
-            .iter()
-            .map(|namespace| namespace.typ())
-            .collect();
-        assert_eq!(kept, [LinuxNamespaceType::Pid]);
-        let error = translate(json(r#"{"type":"ipc","path":"/proc/1/ns/ipc"}"#), "c1").unwrap_err();
-        assert!(matches!(
-            error,
-            SpecError::HostNamespace {
-                kind: LinuxNamespaceType::Ipc,
-                ..
-            }
-        ));
+        let mounts = guest.mounts().as_ref().unwrap();
+        assert_eq!(mounts[0].source().as_deref(), Some(Path::new(POD_SHM)));
+        assert_eq!(mounts[0].options().as_deref().unwrap(), ["ro", "bind"]);
+        assert_eq!(volumes.len(), 1);
+        assert!(mounts[1].source().as_ref().unwrap().ends_with("mounts/0"));
+    }
+
+    #[test]
+    fn a_pods_network_is_at_a_path_or_new_but_never_the_hosts() {
+        let part = |namespaces: &str| {
+            host_part(&spec(&format!(
+                r#"{{"ociVersion":"1.2.0","root":{{"path":"rootfs"}},"linux":{{"namespaces":[{namespaces}]}}}}"#
+            )))
+        };
+        let path = NetworkNamespace::Path("/run/netns/x".into());
+        for (namespaces, expected) in [
+            (r#"{"type":"network","path":"/run/netns/x"}"#, path),
+            (r#"{"type":"network","path":""}"#, NetworkNamespace::New),
+            (
+                r#"{"type":"pid"},{"type":"network"}"#,
+                NetworkNamespace::New,
+            ),
+        ] {
+            assert_eq!(part(namespaces).unwrap().network, expected);
+        }
+        assert_eq!(
+            part(r#"{"type":"pid"}"#),
+            Err(SpecError::SharesHost {
+                kind: LinuxNamespaceType::Network
+            })
+        );
     }
 
     #[test]
     fn a_spec_without_a_root_is_refused() {
-        let error = translate(spec(r#"{"ociVersion":"1.2.0"}"#), "c1").unwrap_err();
+        let error = translate(spec(r#"{"ociVersion":"1.2.0"}"#), "c1", POD).unwrap_err();
         assert_eq!(error, SpecError::Missing("root"));
     }
 
@@ -330,7 +389,7 @@ mod tests {
                 }))
                 .collect();
             let json = serde_json::to_string(&mounts).unwrap();
-            let translation = translate(with_mounts(&json), "c1").unwrap();
+            let translation = translate(with_mounts(&json), "c1", POD).unwrap();
             prop_assert_eq!(translation.volumes.len(), sources.len());
             for mount in translation.guest.mounts().iter().flatten() {
                 let source = mount.source().clone().unwrap();

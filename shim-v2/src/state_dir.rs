@@ -65,6 +65,11 @@ impl StateDir {
         self.path.join("cgroup")
     }
 
+    /// What was changed in the Pod's network namespace.
+    pub(crate) fn network(&self) -> PathBuf {
+        self.path.join("network")
+    }
+
     /// What the guest's kernel and agent print.
     pub(crate) fn console(&self) -> PathBuf {
         self.path.join("console.log")
@@ -83,6 +88,11 @@ impl StateDir {
     /// Where the mount points of the share are made.
     pub(crate) fn tree(&self) -> PathBuf {
         self.path.join("tree")
+    }
+
+    /// What a Pod without a pause container shows its containers in `/etc`.
+    pub(crate) fn etc(&self) -> PathBuf {
+        self.path.join("etc")
     }
 
     /// Removes the directory of a namespace when its last sandbox went.

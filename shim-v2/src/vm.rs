@@ -12,6 +12,7 @@ use crate::{
     config::Config,
     control::{self, Control, ControlError},
     error::printable,
+    network::Nic,
     process_file::{self, ProcessFileError},
     state_dir::StateDir,
 };
@@ -35,7 +36,7 @@ use std::{
 use tokio::{
     io::AsyncReadExt as _,
     process::{Child, ChildStderr, Command},
-    sync::{Notify, watch},
+    sync::{Mutex, Notify, watch},
     time::timeout,
 };
 use walnut_vmm_api::{
@@ -47,14 +48,18 @@ pub(crate) const SHARE_TAG: &str = "walnut";
 /// The vsock device's other side is a Unix socket of this VM alone, so every guest may have the same id.
 const GUEST_CID: u32 = 3;
 /// Free memory is reported in pieces of 64 KiB, not only in whole huge pages: an idle Pod keeps less.
-const CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=k random.trust_cpu=on \
+const CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=k random.trust_cpu=on dummy.numdummies=0 \
     page_reporting.page_reporting_order=4";
 /// From spawn to the guest's init, on the slowest machine that we test on.
 const BOOT_DEADLINE: Duration = Duration::from_secs(120);
+/// For a request to a VM that runs: the VMM does all of them itself, at once.
+const REQUEST_DEADLINE: Duration = Duration::from_secs(30);
 /// From a killed process to its last message or exit status.
 const EXIT_DEADLINE: Duration = Duration::from_secs(10);
 const MAX_STDERR_BYTES: usize = 8 * 1024;
 const MAX_CONSOLE_BYTES: u64 = 4 * 1024;
+/// The names of places have four letters.
+const MAX_PLACE_BYTES: usize = 16;
 const MAX_REASON_BYTES: usize = 3 * 1024;
 
 /// Why there is no VM.
@@ -116,6 +121,14 @@ pub(crate) enum VmError {
         /// The VMM's own words.
         reason: String,
     },
+    /// The VMM refused a request, or answered wrongly.
+    #[error("the VMM could not {what}: {reason}")]
+    Request {
+        /// What was asked of it.
+        what: &'static str,
+        /// Its own words.
+        reason: String,
+    },
     /// The VMM ended.
     #[error("the VM ended before its guest was ready: {0}")]
     Ended(String),
@@ -153,6 +166,8 @@ struct Ended {
 pub(crate) struct Vm {
     pid: u32,
     control: Control,
+    /// Requests are answered in order, so that there is one at a time.
+    asking: Mutex<()>,
     ended: watch::Receiver<Option<Ended>>,
     kill: Arc<Notify>,
     console: PathBuf,
@@ -166,8 +181,12 @@ impl Drop for Vm {
 
 impl Vm {
     /// Spawns the VMM, boots the guest, and answers once the guest's agent listens.
-    pub(crate) async fn boot(plan: &Plan<'_>) -> Result<Self, VmError> {
-        let (config, files) = open_files(plan)?;
+    pub(crate) async fn boot(plan: &Plan<'_>, nics: Vec<Nic>) -> Result<Self, VmError> {
+        let (mut config, mut files) = open_files(plan)?;
+        config.networks = nics
+            .into_iter()
+            .map(|nic| nic.hand_over(&mut files))
+            .collect();
         let (control, theirs) = control::pair()?;
         let child = spawn(plan, theirs)?;
         let vm = Self::watch(child, control, plan.state.console());
@@ -224,6 +243,7 @@ impl Vm {
         Self {
             pid,
             control,
+            asking: Mutex::default(),
             ended,
             kill,
             console,
@@ -256,6 +276,60 @@ impl Vm {
                     return Err(VmError::Refused { kind, reason });
                 }
                 Err(error) => return Err(self.reason_of_end().await.unwrap_or(error.into())),
+            }
+        }
+    }
+
+    /// Attaches a network device; answers the place that the guest finds it at.
+    pub(crate) async fn attach_network(&self, nic: Nic) -> Result<String, VmError> {
+        let mut files = Vec::new();
+        let request = Request::AttachNetwork(nic.hand_over(&mut files));
+        match self
+            .ask("attach a network device", &request, &files)
+            .await?
+        {
+            Message::Attached { name } => Ok(printable(&name, MAX_PLACE_BYTES)),
+            other => Err(unexpected("attach a network device", &other)),
+        }
+    }
+
+    /// Removes a device that the guest's driver has let go of.
+    pub(crate) async fn detach(&self, name: &str) -> Result<(), VmError> {
+        let request = Request::Detach {
+            name: name.to_owned(),
+        };
+        match self.ask("detach a device", &request, &[]).await? {
+            Message::Done => Ok(()),
+            other => Err(unexpected("detach a device", &other)),
+        }
+    }
+
+    /// One request and its answer, racing the VMM's end. A VMM that doesn't answer is ended: what it would say later
+    /// would answer something else.
+    async fn ask(
+        &self,
+        what: &'static str,
+        request: &Request,
+        files: &[OwnedFd],
+    ) -> Result<Message, VmError> {
+        let _one_at_a_time = self.asking.lock().await;
+        let files: Vec<_> = files.iter().map(|file| file.as_fd()).collect();
+        let exchange = async {
+            self.control.send(request, &files).await?;
+            loop {
+                match self.control.receive().await? {
+                    Message::GuestReady => {}
+                    answer => return Ok::<_, VmError>(answer),
+                }
+            }
+        };
+        match timeout(REQUEST_DEADLINE, exchange).await {
+            Ok(Ok(answer)) => Ok(answer),
+            Ok(Err(error)) => Err(self.reason_of_end().await.unwrap_or(error)),
+            Err(_) => {
+                self.kill().await;
+                let reason = format!("it did not answer within {} s", REQUEST_DEADLINE.as_secs());
+                Err(VmError::Request { what, reason })
             }
         }
     }
@@ -319,6 +393,14 @@ impl Vm {
             crate::log::line(&format!("walnut-vmm {} does not die", self.pid));
         }
     }
+}
+
+fn unexpected(what: &'static str, answer: &Message) -> VmError {
+    let reason = match answer {
+        Message::Failed { error, .. } => printable(error, MAX_REASON_BYTES),
+        _ => "its answer is to another request".to_owned(),
+    };
+    VmError::Request { what, reason }
 }
 
 fn describe_status(status: Option<ExitStatus>) -> String {

@@ -48,16 +48,21 @@ impl Runtime {
 
     /// `ctr run` of an image.
     pub fn run(self, image: &str) -> Run {
-        let number = NAMES.fetch_add(1, Ordering::Relaxed);
         Run {
             runtime: self,
             image: image.to_owned(),
-            id: format!("test-{}-{}-{number}", self.short(), std::process::id()),
+            id: unique_name(self),
             flags: Vec::new(),
             command: Vec::new(),
             stdin: Vec::new(),
         }
     }
+}
+
+/// A name that no other container or Pod has.
+pub fn unique_name(runtime: Runtime) -> String {
+    let number = NAMES.fetch_add(1, Ordering::Relaxed);
+    format!("test-{}-{}-{number}", runtime.short(), std::process::id())
 }
 
 /// Runs `ctr` to its end.

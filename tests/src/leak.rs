@@ -11,17 +11,38 @@ use anyhow::{Context, Result};
 use std::{cell::RefCell, collections::BTreeSet, fs, path::Path};
 
 /// Directories in which Walnut or containerd keep what belongs to one Pod.
-const STATE: [&str; 4] = [
+const STATE: [&str; 9] = [
     "/run/walnut",
+    "/run/containerd/io.containerd.grpc.v1.cri",
     "/run/containerd/io.containerd.runtime.v2.task",
+    "/run/containerd/io.containerd.sandbox.controller.v1.shim",
     "/run/containerd/s",
+    "/run/netns",
+    "/var/lib/cni/results",
+    "/var/lib/containerd/io.containerd.grpc.v1.cri",
     "/var/lib/containerd/io.containerd.runtime.v2.task",
 ];
+/// Where the Pods' network keeps the addresses that are taken, beside files of its own.
+const ADDRESSES: &str = "/run/cni/networks/pods";
+const LINKS: &str = "/sys/class/net";
 /// Where their mounts are.
 const MOUNTS: [&str; 2] = ["/run/walnut", "/run/containerd"];
 const CGROUPS: &str = "/sys/fs/cgroup";
-/// containerd's namespace of the tests. What is named after it alone belongs to all Pods, and stays.
-const NAMESPACE: &str = "default";
+/// containerd's namespaces: of `ctr`, and of the CRI.
+const NAMESPACES: [&str; 2] = ["default", "k8s.io"];
+/// What is named so belongs to all Pods, and stays.
+const COMMON: [&str; 10] = [
+    "default",
+    "k8s.io",
+    "walnut-pods",
+    "sandboxes",
+    "containers",
+    "cni0",
+    "pods",
+    "lock",
+    "last_reserved_ip.0",
+    "last_reserved_ip.1",
+];
 
 /// What was there at one moment.
 #[derive(Debug)]
@@ -68,17 +89,28 @@ fn observe() -> Result<BTreeSet<String>> {
     for directory in STATE {
         walk(Path::new(directory), "file", false, &mut seen);
     }
-    for line in ctr(&["container", "ls", "--quiet"])?
-        .success()?
-        .text()
-        .lines()
+    walk(Path::new(ADDRESSES), "address", false, &mut seen);
+    for link in fs::read_dir(LINKS)
+        .context("cannot list the links")?
+        .flatten()
     {
-        seen.insert(format!("container {line}"));
+        if COMMON.iter().all(|&name| link.file_name() != name) {
+            seen.insert(format!("link {}", link.file_name().display()));
+        }
     }
-    // Committed snapshots are the images', which stay.
-    for line in ctr(&["snapshot", "ls"])?.success()?.text().lines() {
-        if line.ends_with("Active") {
-            seen.insert(format!("snapshot {line}"));
+    for namespace in NAMESPACES {
+        let list = |words: [&str; 2]| -> Result<String> {
+            let output = ctr(&["--namespace", namespace, words[0], words[1]])?;
+            Ok(output.success()?.text())
+        };
+        for line in list(["container", "ls"])?.lines().skip(1) {
+            seen.insert(format!("container {line}"));
+        }
+        // Committed snapshots are the images', which stay.
+        for line in list(["snapshot", "ls"])?.lines() {
+            if line.ends_with("Active") {
+                seen.insert(format!("snapshot {line}"));
+            }
         }
     }
     Ok(seen)
@@ -101,8 +133,8 @@ fn walk(directory: &Path, kind: &str, directories_only: bool, seen: &mut BTreeSe
     for entry in entries.flatten() {
         let path = entry.path();
         let is_directory = entry.file_type().is_ok_and(|kind| kind.is_dir());
-        let is_namespace = entry.file_name() == NAMESPACE;
-        if (is_directory || !directories_only) && !is_namespace {
+        let is_common = COMMON.iter().any(|&name| entry.file_name() == name);
+        if (is_directory || !directories_only) && !is_common {
             seen.insert(format!("{kind} {}", path.display()));
         }
         // A container's root file system is the mount's business.

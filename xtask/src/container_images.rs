@@ -17,6 +17,17 @@ use crate::project::Project;
 /// The smallest image that has a shell.
 pub(crate) const BUSYBOX: &str = "walnut.local/busybox:latest";
 
+/// What holds a Pod's namespaces in Kubernetes: the same layer, and a shell that reaps what is left to
+/// it and ends when it is told to.
+const PAUSE: Config<'_> = Config {
+    reference: "walnut.local/pause:latest",
+    command: &[
+        "sh",
+        "-c",
+        "trap 'exit 0' TERM INT; while :; do sleep 2147483647 & wait; done",
+    ],
+};
+
 /// An image with a real server and a language in it.
 pub(crate) const DEBIAN: &str = "walnut.local/debian:latest";
 
@@ -28,16 +39,28 @@ const DEBIAN_SUITE: &str = "trixie";
 
 /// Makes the images, or finds them in the cache.
 pub(crate) fn get(project: &Project, progress: Progress) -> Result<Vec<Image>> {
-    let busybox = Key::new("busybox 2").with("release", debian::codename()?.as_bytes());
+    let busybox = Key::new("busybox 3").with("release", debian::codename()?.as_bytes());
     let mut debian = Key::new("debian 2").with("suite", DEBIAN_SUITE.as_bytes());
     for package in DEBIAN_PACKAGES {
         debian = debian.with("package", package.as_bytes());
     }
+    let shell = Config {
+        reference: BUSYBOX,
+        command: &["sh"],
+    };
+    let with_bash = Config {
+        reference: DEBIAN,
+        command: &["bash"],
+    };
+    // Kubernetes' namespace gets what is small: each namespace unpacks an image anew.
     Ok(vec![
-        image(project, &busybox, BUSYBOX, &["sh"], progress, |layer| {
-            busybox_layer(project, layer, progress)
-        })?,
-        image(project, &debian, DEBIAN, &["bash"], progress, |layer| {
+        Image {
+            namespaces: &["default", "k8s.io"],
+            ..image(project, &busybox, &[shell, PAUSE], progress, |layer| {
+                busybox_layer(project, layer, progress)
+            })?
+        },
+        image(project, &debian, &[with_bash], progress, |layer| {
             let recipe = RootFileSystem {
                 suite: DEBIAN_SUITE,
                 packages: &DEBIAN_PACKAGES,
@@ -51,31 +74,25 @@ pub(crate) fn get(project: &Project, progress: Progress) -> Result<Vec<Image>> {
 fn image(
     project: &Project,
     key: &Key,
-    reference: &'static str,
-    command: &[&str],
+    configs: &[Config<'static>],
     progress: Progress,
     make_layer: impl FnOnce(&Path) -> Result<()>,
 ) -> Result<Image> {
+    let names: Vec<_> = configs.iter().map(|config| config.reference).collect();
+    let names = names.join(", ");
     let (folder, _) = project
         .cache
         .get_or_make("container-image", key, |folder| {
-            progress.step(
-                "images",
-                &format!("{reference} from Debian packages"),
-                || {
-                    let layer = folder.join("layer.tar");
-                    make_layer(&layer)?;
-                    oci_image::write(
-                        &folder.join("image.tar"),
-                        &layer,
-                        Config { reference, command },
-                    )?;
-                    fs::remove_file(&layer).with_context(|| format!("remove {}", layer.display()))
-                },
-            )
+            progress.step("images", &format!("{names} from Debian packages"), || {
+                let layer = folder.join("layer.tar");
+                make_layer(&layer)?;
+                oci_image::write(&folder.join("image.tar"), &layer, configs)?;
+                fs::remove_file(&layer).with_context(|| format!("remove {}", layer.display()))
+            })
         })?;
     Ok(Image {
-        reference,
+        names,
+        namespaces: &["default"],
         archive: folder.join("image.tar"),
         key: key.name(),
     })

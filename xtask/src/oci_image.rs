@@ -1,6 +1,6 @@
-//! Writes a container image as one archive: the OCI image layout (image-spec, image-layout.md) in
-//! a tar file, with one layer, compressed by zstd: unpacking that costs an emulated lab less than
-//! copying what it saves.
+//! Writes container images of one layer as one archive: the OCI image layout (image-spec,
+//! image-layout.md) in a tar file, the layer compressed by zstd: unpacking that costs an emulated lab
+//! less than copying what it saves.
 //!
 //! Nothing in it depends on when or where it was made.
 
@@ -64,8 +64,8 @@ struct Layer {
     contents: Blob,
 }
 
-/// Writes the image of one layer, a tar archive, to `archive`.
-pub(crate) fn write(archive: &Path, layer: &Path, config: Config<'_>) -> Result<()> {
+/// Writes images to `archive` that differ in their configuration, and have one layer, a tar archive.
+pub(crate) fn write(archive: &Path, layer: &Path, configs: &[Config<'_>]) -> Result<()> {
     let compressed = compress(layer)?;
     let open = |path: &Path| File::open(path).with_context(|| format!("open {}", path.display()));
     let blob =
@@ -76,7 +76,7 @@ pub(crate) fn write(archive: &Path, layer: &Path, config: Config<'_>) -> Result<
     };
     let file = File::create(archive).with_context(|| format!("create {}", archive.display()))?;
     let mut layout = tar::Builder::new(BufWriter::with_capacity(1 << 20, file));
-    write_layout(&mut layout, &blobs, open(&compressed)?, config)
+    write_layout(&mut layout, &blobs, open(&compressed)?, configs)
         .and_then(|()| layout.into_inner()?.flush())
         .with_context(|| format!("write {}", archive.display()))?;
     fs::remove_file(&compressed).with_context(|| format!("remove {}", compressed.display()))
@@ -104,8 +104,24 @@ fn write_layout(
     layout: &mut tar::Builder<impl Write>,
     layer: &Layer,
     stored: impl Read,
-    config: Config<'_>,
+    configs: &[Config<'_>],
 ) -> io::Result<()> {
+    add(layout, "oci-layout", br#"{"imageLayoutVersion":"1.0.0"}"#)?;
+    let manifests = configs
+        .iter()
+        .map(|config| write_image(layout, layer, *config))
+        .collect::<io::Result<Vec<Value>>>()?;
+    let index = json!({ "schemaVersion": 2, "manifests": manifests }).to_string();
+    add(layout, "index.json", index.as_bytes())?;
+    append(layout, &layer.stored.path(), layer.stored.bytes, stored)
+}
+
+/// Writes what an image has besides its layer; returns its entry in the index.
+fn write_image(
+    layout: &mut tar::Builder<impl Write>,
+    layer: &Layer,
+    config: Config<'_>,
+) -> io::Result<Value> {
     let image = json!({
         "created": "1970-01-01T00:00:00Z",
         "architecture": "amd64",
@@ -132,12 +148,9 @@ fn write_layout(
         "io.containerd.image.name": config.reference,
         "org.opencontainers.image.ref.name": tag,
     });
-    let index = json!({ "schemaVersion": 2, "manifests": [entry] }).to_string();
-    add(layout, "oci-layout", br#"{"imageLayoutVersion":"1.0.0"}"#)?;
-    add(layout, "index.json", index.as_bytes())?;
     add(layout, &manifest_blob.path(), manifest.as_bytes())?;
     add(layout, &image_blob.path(), image.as_bytes())?;
-    append(layout, &layer.stored.path(), layer.stored.bytes, stored)
+    Ok(entry)
 }
 
 fn add(layout: &mut tar::Builder<impl Write>, path: &str, contents: &[u8]) -> io::Result<()> {
@@ -167,11 +180,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let (layer, archive) = (folder.path().join("layer"), folder.path().join("archive"));
         std::fs::write(&layer, "layer").unwrap();
-        let config = Config {
-            reference: "walnut.local/x:1",
-            command: &["sh"],
-        };
-        write(&archive, &layer, config).unwrap();
+        let configs = [("walnut.local/x:1", &["sh"]), ("walnut.local/y:1", &["no"])];
+        let configs = configs.map(|(reference, command)| Config { reference, command });
+        write(&archive, &layer, &configs).unwrap();
         let mut files = BTreeMap::new();
         for entry in tar::Archive::new(File::open(&archive).unwrap())
             .entries()
@@ -199,20 +210,22 @@ mod tests {
             contents
         };
         let index: Value = serde_json::from_slice(&files["index.json"]).unwrap();
-        let entry = &index["manifests"][0];
-        assert_eq!(
-            entry["annotations"]["io.containerd.image.name"],
-            "walnut.local/x:1"
-        );
-        let manifest: Value = serde_json::from_slice(&blob(entry)).unwrap();
-        let image: Value = serde_json::from_slice(&blob(&manifest["config"])).unwrap();
-        let contents = Blob::of(b"layer".as_slice()).unwrap().digest;
-        assert_eq!(image["rootfs"]["diff_ids"][0], format!("sha256:{contents}"));
-        let magic = 0xfd2f_b528_u32.to_le_bytes();
-        assert!(
-            blob(&manifest["layers"][0]).starts_with(&magic),
-            "not a zstd frame"
-        );
+        for (number, name, command) in
+            [(0, "walnut.local/x:1", "sh"), (1, "walnut.local/y:1", "no")]
+        {
+            let entry = &index["manifests"][number];
+            assert_eq!(entry["annotations"]["io.containerd.image.name"], name);
+            let manifest: Value = serde_json::from_slice(&blob(entry)).unwrap();
+            let image: Value = serde_json::from_slice(&blob(&manifest["config"])).unwrap();
+            assert_eq!(image["config"]["Cmd"][0], command);
+            let contents = Blob::of(b"layer".as_slice()).unwrap().digest;
+            assert_eq!(image["rootfs"]["diff_ids"][0], format!("sha256:{contents}"));
+            let magic = 0xfd2f_b528_u32.to_le_bytes();
+            assert!(
+                blob(&manifest["layers"][0]).starts_with(&magic),
+                "not a zstd frame"
+            );
+        }
     }
 
     #[test]

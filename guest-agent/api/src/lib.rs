@@ -13,13 +13,18 @@
 //!   has connected and whose acceptance byte it has read.
 //! - `Wait` answers when the process has been reaped; its output may still be on its way. The end of a
 //!   stream is the end of the output.
+//! - Namespaces that containers share are named as [`namespace_path`] says, and nothing else can be joined.
 //! - `CloseIO` is answered and does nothing: the half-close of the stdin stream is the message.
 //!
 //! This crate must not do I/O.
 #![forbid(unsafe_code)]
 
+pub mod features;
+pub mod netlink;
+mod pod;
 mod stream;
 
+pub use pod::{AGENT_PROGRAM, PAUSE_PROGRAM, PAUSE_ROOT, POD_SHM, namespace_owner, namespace_path};
 pub use stream::{STREAM_ACCEPTED, StreamId, StreamIdError};
 
 /// Generated from `proto/guest.proto`: messages, client and server of the `Guest` service.

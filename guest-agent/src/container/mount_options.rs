@@ -147,6 +147,17 @@ mod tests {
     }
 
     #[test]
+    fn what_the_shim_tells_containerd_is_understood() {
+        for option in walnut_agent_api::features::MOUNT_OPTIONS {
+            let parsed = options("bind", option);
+            assert!(
+                parsed.is_ok_and(|parsed| parsed.data.is_empty()),
+                "{option}"
+            );
+        }
+    }
+
+    #[test]
     fn the_last_of_two_opposites_wins() {
         let parsed = options("tmpfs", "ro,nosuid,rw,suid,nosuid").unwrap();
         assert_eq!(parsed.attributes, Attributes { set: 2, clear: 1 });

@@ -254,6 +254,33 @@ mod tests {
     }
 
     #[test]
+    fn what_the_shim_tells_containerd_is_what_is_understood() {
+        use walnut_agent_api::features::{APPARMOR, HOOKS, NAMESPACES, SECCOMP};
+        let understood = |spec: Value| parse_spec(spec.to_string().as_bytes()).is_ok();
+        for kind in ["cgroup", "ipc", "mount", "pid", "time", "user", "uts"] {
+            let spec = json!({"linux": {"namespaces": [{"type": kind}]}});
+            assert_eq!(NAMESPACES.contains(&kind), understood(spec), "{kind}");
+        }
+        for hook in [
+            "prestart",
+            "createRuntime",
+            "createContainer",
+            "startContainer",
+            "poststart",
+            "poststop",
+        ] {
+            let spec = json!({"hooks": {hook: [{"path": "/x"}]}});
+            assert_eq!(HOOKS.contains(&hook), understood(spec), "{hook}");
+        }
+        let seccomp = json!({"linux": {"seccomp": {"defaultAction": "SCMP_ACT_ALLOW"}}});
+        assert_eq!(SECCOMP, understood(seccomp));
+        assert_eq!(
+            APPARMOR,
+            understood(json!({"process": {"apparmorProfile": "p"}}))
+        );
+    }
+
+    #[test]
     fn empty_values_ask_for_nothing() {
         let spec = json!({
             "hooks": {"prestart": []},

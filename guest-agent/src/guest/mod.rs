@@ -7,15 +7,20 @@ pub(crate) mod mounts;
 pub(crate) mod network;
 pub(crate) mod power;
 
+use self::network::{Network, NetworkError};
 use rustix::{
     mount::{MountFlags, mount},
     time::{ClockId, Timespec, clock_settime},
 };
 use std::{
     fs, io,
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
 };
-use walnut_agent_api::SHARE_MOUNT_POINT;
+use tokio::task::spawn_blocking;
+use walnut_agent_api::{
+    SHARE_MOUNT_POINT,
+    guest::{Network as WantedNetwork, SetupRequest},
+};
 
 /// Longest host name that Linux keeps.
 const MAX_HOSTNAME_BYTES: usize = 64;
@@ -29,6 +34,12 @@ pub(crate) enum GuestError {
     /// It has been.
     #[error("the guest has been set up already")]
     SetUpAlready,
+    /// It has not been.
+    #[error("the guest has not been set up")]
+    NotSetUp,
+    /// The network.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     /// A host name that cannot be one.
     #[error("hostname {0:?} must be 1 to {MAX_HOSTNAME_BYTES} letters, digits, dots and dashes")]
     Hostname(String),
@@ -68,23 +79,27 @@ enum Phase {
 
 /// The guest.
 #[derive(Debug, Default)]
-pub(crate) struct Guest(Mutex<Phase>);
+pub(crate) struct Guest {
+    phase: Mutex<Phase>,
+    network: Arc<Mutex<Network>>,
+}
 
 impl Guest {
     /// Applies what the host knows; answers the kernel's release. Once.
-    pub(crate) fn set_up(
-        &self,
-        hostname: &str,
-        realtime_ns: u64,
-        share_tag: &str,
-    ) -> Result<String, GuestError> {
-        let mut phase = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+    pub(crate) fn set_up(&self, request: &SetupRequest) -> Result<String, GuestError> {
+        let mut phase = self.phase.lock().unwrap_or_else(PoisonError::into_inner);
         if *phase == Phase::SetUp {
             return Err(GuestError::SetUpAlready);
         }
+        let SetupRequest {
+            hostname,
+            realtime_ns,
+            share_tag,
+            ..
+        } = request;
         check_hostname(hostname)?;
         check_tag(share_tag)?;
-        let time = timespec(realtime_ns)?;
+        let time = timespec(*realtime_ns)?;
         rustix::system::sethostname(hostname.as_bytes())
             .map_err(GuestError::system(format!("set hostname {hostname:?}")))?;
         clock_settime(ClockId::Realtime, time).map_err(GuestError::system(format!(
@@ -93,9 +108,28 @@ impl Guest {
         if !share_tag.is_empty() {
             mount_share(share_tag)?;
         }
+        if let Some(wanted) = request.network.as_ref() {
+            apply(&self.network, wanted)?;
+        }
         *phase = Phase::SetUp;
         Ok(kernel_release())
     }
+
+    /// Makes the network what the host wants now, beside everything else: a device may be long in coming.
+    pub(crate) async fn update_network(&self, wanted: WantedNetwork) -> Result<(), GuestError> {
+        if *self.phase.lock().unwrap_or_else(PoisonError::into_inner) == Phase::Booted {
+            return Err(GuestError::NotSetUp);
+        }
+        let network = Arc::clone(&self.network);
+        spawn_blocking(move || apply(&network, &wanted))
+            .await
+            .map_err(|error| GuestError::system("update the network")(io::Error::other(error)))?
+    }
+}
+
+fn apply(network: &Mutex<Network>, wanted: &WantedNetwork) -> Result<(), GuestError> {
+    let mut network = network.lock().unwrap_or_else(PoisonError::into_inner);
+    Ok(network.apply(wanted)?)
 }
 
 /// `uname -r`.

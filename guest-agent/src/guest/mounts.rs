@@ -6,6 +6,7 @@ use rustix::{
     process::{chdir, chroot},
 };
 use std::fs;
+use walnut_agent_api::{PAUSE_ROOT, POD_SHM};
 
 /// Where the root stands for a moment on its way to become a mount.
 const STEP: &str = "/run";
@@ -52,9 +53,10 @@ const FILE_SYSTEMS: &[FileSystem] = &[
     },
     FileSystem {
         kind: "tmpfs",
-        place: "/dev/shm",
+        place: POD_SHM,
         flags: NOTHING_SPECIAL,
-        data: Some(c"mode=1777"),
+        // As large as the CRI makes it.
+        data: Some(c"mode=1777,size=64m"),
     },
     FileSystem {
         kind: "tmpfs",
@@ -84,6 +86,7 @@ pub(crate) fn mount_all() -> Result<(), GuestError> {
         mount(*kind, *place, *kind, *flags, *data)
             .map_err(GuestError::system(format!("mount {kind} on {place}")))?;
     }
+    fs::create_dir_all(PAUSE_ROOT).map_err(GuestError::system(format!("make {PAUSE_ROOT}")))?;
     // Containers' processes are this program for a moment: whoever reaches it by /proc/PID/exe cannot write it.
     mount_remount("/", MountFlags::BIND | MountFlags::RDONLY, "")
         .map_err(GuestError::system("make the root read-only"))?;

@@ -4,6 +4,7 @@
 //! know ttrpc: `service` decodes and encodes.
 
 mod container;
+mod namespaces;
 mod process;
 
 pub(crate) use container::Container;
@@ -94,6 +95,16 @@ pub(crate) enum TaskError {
         width: u32,
         /// Rows.
         height: u32,
+    },
+    /// A namespace that is not one of another container's.
+    #[error("linux.namespaces[{kind}].path {path:?} {problem}")]
+    Namespace {
+        /// Its type.
+        kind: String,
+        /// Its path.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: &'static str,
     },
     /// The request contradicts its own document.
     #[error("{0}")]
@@ -202,8 +213,10 @@ impl Tasks {
             .names
             .claim(&self.machinery.streams, request.terminal)?;
         check_id("container", &request.id)?;
-        let spec = parse_spec(request.spec)?;
+        let mut spec = parse_spec(request.spec)?;
         validate(&spec)?;
+        // Held until the container's process has joined them.
+        let _shared = self.open_namespaces(&mut spec.linux.namespaces)?;
         same_terminal(request.terminal, spec.process.terminal)?;
         let settings = resources::settings(&spec.linux.resources)?;
         let device_program = devices::program(&spec.linux.resources.devices)?;

@@ -4,5 +4,6 @@
 mod enforcement;
 mod fixture;
 mod lifecycle;
+mod pod;
 mod setup;
 mod stdio;

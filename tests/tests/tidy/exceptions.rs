@@ -52,6 +52,11 @@ pub(crate) const EXCEPTIONS: &[Exception] = &[
     ),
     (
         "unsafe",
+        "shim-v2/src/network/tap.rs",
+        "asks the kernel for a tap, which no safe wrapper does",
+    ),
+    (
+        "unsafe",
         "shim-v2/src/vm.rs",
         "what a child does between fork and exec: joins its cgroup, places its socket; the PID namespace before that",
     ),

@@ -68,6 +68,7 @@ pub(crate) fn set_up() -> Result<String, NodeError> {
     load_modules();
     set_up_limits()?;
     set_up_network()?;
+    set_up_containerd()?;
     Ok(token)
 }
 
@@ -223,6 +224,7 @@ fn set_up_limits() -> Result<(), NodeError> {
         .map_err(|error| failed("raise the limit of", name, error.into()))?;
     }
     write("/proc/sys/net/ipv4/ip_forward", "1")?;
+    write("/proc/sys/net/ipv6/conf/all/forwarding", "1")?;
     write("/proc/sys/kernel/printk", "4")
 }
 
@@ -247,6 +249,23 @@ fn set_up_network() -> Result<(), NodeError> {
         )),
         Err(source) => Err(failed("set up", "network", source)),
     }
+}
+
+/// containerd's configuration, and that of the Pods' network.
+fn set_up_containerd() -> Result<(), NodeError> {
+    create_directory("/etc/containerd")?;
+    create_directory("/etc/cni/net.d")?;
+    let files = [
+        (
+            "/etc/containerd/config.toml",
+            include_str!("../node/containerd.toml"),
+        ),
+        (
+            "/etc/cni/net.d/10-pods.conflist",
+            include_str!("../node/pods.conflist"),
+        ),
+    ];
+    files.iter().try_for_each(|(path, text)| write(path, text))
 }
 
 fn mount(
