@@ -7,6 +7,7 @@ use crate::{
     cgroup::CgroupError,
     container::refuse::SpecError,
     guest::{GuestError, changes::ChangeError, network::NetworkError},
+    insight::InsightError,
     stdio::StdioError,
     storage::StorageError,
     task::TaskError,
@@ -91,6 +92,16 @@ impl From<ChangeError> for ttrpc::Error {
             ChangeError::TooMany(..) | ChangeError::Container(_) => Code::INVALID_ARGUMENT,
             ChangeError::Busy => Code::RESOURCE_EXHAUSTED,
             ChangeError::Volume { .. } | ChangeError::Announcer(_) => Code::INTERNAL,
+        };
+        status(&error, code)
+    }
+}
+
+impl From<InsightError> for ttrpc::Error {
+    fn from(error: InsightError) -> Self {
+        let code = match &error {
+            InsightError::Keep(_) => Code::INVALID_ARGUMENT,
+            InsightError::Kernel { .. } | InsightError::Cgroup(_) => Code::INTERNAL,
         };
         status(&error, code)
     }

@@ -3,15 +3,17 @@
 //! `guest` makes a machine out of a kernel and one program; `server` serves the shim; `service` decodes
 //! requests; `task` holds containers and their processes; `container` makes them, `cgroup` holds them,
 //! `stdio` connects them, `storage` mounts their disks, `reaper` sees them end; `pause` holds a Pod's
-//! namespaces. Must not trust a container.
+//! namespaces; `insight` counts what containers do. Must not trust a container.
 
 mod apparmor;
+mod bpf;
 mod cgroup;
 mod container;
 mod error;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
 mod guest;
+mod insight;
 mod pause;
 mod reaper;
 mod server;

@@ -5,6 +5,7 @@
 use crate::{
     cgroup::{CgroupError, Hierarchy},
     guest::{Guest, changes::Volumes},
+    insight::SyscallCounter,
     reaper::Reaper,
     service::{GuestService, TaskService},
     stdio::Streams,
@@ -74,9 +75,11 @@ where
     C: AsyncRead + AsyncWrite + Send + Sync + Unpin + 'static,
 {
     let streams = Streams::default();
+    let hierarchy = Hierarchy::prepare(&config.cgroup_root)?;
+    let syscalls = SyscallCounter::new(hierarchy.clone());
     let tasks = Arc::new(Tasks::new(Machinery {
         program: config.program.clone(),
-        hierarchy: Hierarchy::prepare(&config.cgroup_root)?,
+        hierarchy,
         profiles: Arc::default(),
         reaper: Reaper::start().map_err(ServeError::Reaper)?,
         streams: streams.clone(),
@@ -88,6 +91,7 @@ where
         storage: Storage::default(),
         tasks: Arc::clone(&tasks),
         volumes: Arc::clone(&volumes),
+        syscalls,
         end: Arc::clone(&end),
     };
     let connections = watch::Sender::new(());

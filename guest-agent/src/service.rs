@@ -5,6 +5,7 @@
 use crate::{
     cgroup::stats,
     guest::{Guest, changes::Volumes, online},
+    insight::SyscallCounter,
     reaper::Exit,
     storage::Storage,
     task::{AddProcess, CreateContainer, Status, StdioNames, TaskError, Tasks},
@@ -213,6 +214,7 @@ pub(crate) struct GuestService {
     pub(crate) storage: Storage,
     pub(crate) tasks: Arc<Tasks>,
     pub(crate) volumes: Arc<Volumes>,
+    pub(crate) syscalls: SyscallCounter,
     /// Told when the guest is to end.
     pub(crate) end: Arc<Notify>,
 }
@@ -310,6 +312,32 @@ impl guest_ttrpc::Guest for GuestService {
         rustix::fs::sync();
         self.end.notify_one();
         Ok(guest_api::ShutdownResponse::new())
+    }
+
+    async fn syscalls(
+        &self,
+        _: &TtrpcContext,
+        r: guest_api::SyscallsRequest,
+    ) -> Result<guest_api::SyscallsResponse> {
+        let counted = self.syscalls.read(r.keep_ms)?;
+        let counts = counted
+            .counts
+            .into_iter()
+            .map(|count| guest_api::SyscallCount {
+                container_id: count.container,
+                number: count.number,
+                calls: count.calls,
+                errors: count.errors,
+                total_ns: count.total_ns,
+                longest_ns: count.longest_ns,
+                ..Default::default()
+            });
+        Ok(guest_api::SyscallsResponse {
+            elapsed_ns: u64::try_from(counted.elapsed.as_nanos()).unwrap_or(u64::MAX),
+            counts: counts.collect(),
+            missed: counted.missed,
+            ..Default::default()
+        })
     }
 }
 

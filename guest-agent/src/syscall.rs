@@ -1,16 +1,16 @@
 //! System calls that no safe wrapper of our dependencies offers, each as one safe function.
 //!
-//! The only file of the agent with unsafe code. Must not hold policy.
+//! Beside `bpf/kernel.rs` the only file of the agent with unsafe code. Must not hold policy.
 #![allow(
     unsafe_code,
-    reason = "clone3, close_range, BLKPG, mount_setattr, sched_setattr, ioprio_set, bpf, seccomp, signal and kill by number have no safe wrapper"
+    reason = "clone3, close_range, BLKPG, mount_setattr, sched_setattr, ioprio_set, seccomp, signal and kill by number have no safe wrapper"
 )]
 
 use crate::container::seccomp::Instruction;
 use std::{
     io,
     mem::size_of,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
 };
 use tokio::io::{Interest, unix::AsyncFd};
 
@@ -256,106 +256,6 @@ pub(crate) fn set_io_priority(pid: i32, priority: i32) -> io::Result<()> {
     const OF_PROCESS: i32 = 1;
     // SAFETY: the call touches no memory of this process.
     let result = unsafe { libc::syscall(libc::SYS_ioprio_set, OF_PROCESS, pid, priority) };
-    if result == 0 {
-        return Ok(());
-    }
-    Err(io::Error::last_os_error())
-}
-
-/// `bpf_attr` of `BPF_PROG_LOAD`, up to the last field that is used.
-#[repr(C)]
-struct ProgramLoad {
-    kind: u32,
-    instruction_count: u32,
-    instructions: u64,
-    license: u64,
-    log_level: u32,
-    log_size: u32,
-    log_buffer: u64,
-    kernel_version: u32,
-    flags: u32,
-    name: [u8; 16],
-    interface_index: u32,
-    expected_attach_type: u32,
-}
-
-/// `bpf_attr` of `BPF_PROG_ATTACH`.
-#[repr(C)]
-struct ProgramAttach {
-    target_fd: u32,
-    program_fd: u32,
-    kind: u32,
-    flags: u32,
-}
-
-const BPF_PROG_LOAD: libc::c_int = 5;
-const BPF_PROG_ATTACH: libc::c_int = 8;
-const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
-const BPF_CGROUP_DEVICE: u32 = 6;
-const BPF_F_ALLOW_MULTI: u32 = 2;
-
-/// The kernel's verifier gives up with EAGAIN when a signal comes, such as that of a child's end; the signal
-/// has been handled when the call returns, so each attempt can only be disturbed by a further one.
-const LOAD_ATTEMPTS: u32 = 100;
-
-/// Loads a `BPF_PROG_TYPE_CGROUP_DEVICE` program of encoded instructions.
-pub(crate) fn load_device_program(instructions: &[u64]) -> io::Result<OwnedFd> {
-    let attributes = ProgramLoad {
-        kind: BPF_PROG_TYPE_CGROUP_DEVICE,
-        instruction_count: u32::try_from(instructions.len()).map_err(io::Error::other)?,
-        instructions: instructions.as_ptr().addr() as u64,
-        license: c"Apache".as_ptr().addr() as u64,
-        log_level: 0,
-        log_size: 0,
-        log_buffer: 0,
-        kernel_version: 0,
-        flags: 0,
-        name: *b"walnut_devices\0\0",
-        interface_index: 0,
-        expected_attach_type: BPF_CGROUP_DEVICE,
-    };
-    let load = || {
-        // SAFETY: `instructions` and the license outlive the call, and the size passed is that of `attributes`.
-        let result = unsafe {
-            libc::syscall(
-                libc::SYS_bpf,
-                BPF_PROG_LOAD,
-                &raw const attributes,
-                size_of::<ProgramLoad>(),
-            )
-        };
-        match RawFd::try_from(result) {
-            Ok(fd) if fd >= 0 => Ok(fd),
-            _ => Err(io::Error::last_os_error()),
-        }
-    };
-    let fd = (1..LOAD_ATTEMPTS)
-        .find_map(|_| match load() {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
-            other => Some(other),
-        })
-        .unwrap_or_else(load)?;
-    // SAFETY: the kernel has just made this file descriptor and nobody else knows it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-/// Attaches a device program to a cgroup directory; it joins those of the parents, each of which can refuse.
-pub(crate) fn attach_device_program(cgroup: &impl AsFd, program: &impl AsFd) -> io::Result<()> {
-    let attributes = ProgramAttach {
-        target_fd: cgroup.as_fd().as_raw_fd().unsigned_abs(),
-        program_fd: program.as_fd().as_raw_fd().unsigned_abs(),
-        kind: BPF_CGROUP_DEVICE,
-        flags: BPF_F_ALLOW_MULTI,
-    };
-    // SAFETY: the size passed is that of `attributes`, which outlives the call.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_bpf,
-            BPF_PROG_ATTACH,
-            &raw const attributes,
-            size_of::<ProgramAttach>(),
-        )
-    };
     if result == 0 {
         return Ok(());
     }

@@ -247,6 +247,21 @@ impl Agent {
         Ok(())
     }
 
+    /// `Guest.Syscalls`.
+    pub(crate) async fn syscalls(
+        &self,
+        keep_ms: u32,
+    ) -> Result<guest::SyscallsResponse, AgentError> {
+        let request = guest::SyscallsRequest {
+            keep_ms,
+            ..Default::default()
+        };
+        call("Syscalls", CALL_DEADLINE, |context| {
+            self.guest.syscalls(context, &request)
+        })
+        .await
+    }
+
     /// Creates a container from its configuration for the guest.
     pub(crate) async fn create(
         &self,

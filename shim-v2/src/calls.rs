@@ -31,7 +31,7 @@ impl Sandbox {
     }
 
     /// The machine of a container that exists, if its VM still runs.
-    fn living(&self) -> Result<Arc<Machine>, ShimError> {
+    pub(crate) fn living(&self) -> Result<Arc<Machine>, ShimError> {
         match self.running() {
             Some(machine) if !machine.has_exited() => Ok(machine),
             Some(machine) => Err(ShimError::VmEnded(machine.describe_end())),

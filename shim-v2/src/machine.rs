@@ -38,7 +38,7 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 use tokio::{io::Interest, net::UnixDatagram, sync::OnceCell, task::spawn_blocking, time::timeout};
 use walnut_agent_api::guest;
@@ -112,6 +112,7 @@ pub(crate) struct Machine {
     watches: Mutex<Option<Watches>>,
     /// What the machine grows by.
     growth: Growth,
+    started_at: SystemTime,
     ending: AtomicBool,
     ended: OnceCell<()>,
 }
@@ -126,6 +127,7 @@ impl Machine {
         let config = Config::load()?;
         let bounds = bounds(&config)?;
         let host = HostResources::acquire(state, fallback_cgroup, part, bounds.vcpus)?;
+        let started_at = SystemTime::now();
         let booted = async {
             let range = size_at_first(&host.cgroup, &bounds, part)?;
             Ok((range, boot_on(&host, &config, part, range).await?))
@@ -139,6 +141,7 @@ impl Machine {
                 disks: Mutex::default(),
                 watches: Mutex::default(),
                 growth: Growth::new(bounds, range, part.wanted.pod.clone()),
+                started_at,
                 ending: AtomicBool::new(false),
                 ended: OnceCell::new(),
             }),
@@ -157,6 +160,11 @@ impl Machine {
     /// The VMM's process id on the host.
     pub(crate) fn pid(&self) -> u32 {
         self.vm.pid()
+    }
+
+    /// When the VM was started.
+    pub(crate) fn started_at(&self) -> SystemTime {
+        self.started_at
     }
 
     /// What the Pod costs the host.

@@ -21,6 +21,7 @@ mod error;
 mod events;
 mod hooks;
 mod info;
+mod insight;
 mod io;
 mod log;
 mod log_binary;

@@ -280,6 +280,17 @@ impl Sandbox {
         }
     }
 
+    /// Where the machine is in its life, in a word.
+    pub(crate) fn phase_name(&self) -> &'static str {
+        match &*self.phase.borrow() {
+            Phase::Idle => "idle",
+            Phase::Booting => "booting",
+            Phase::Running(machine) if machine.has_exited() => "ended",
+            Phase::Running(_) => "running",
+            Phase::Stopping => "stopping",
+        }
+    }
+
     /// Delete of a container: the guest's part, the host's part, the event, and, for the last one, the machine.
     pub(crate) async fn delete_container(
         self: Arc<Self>,

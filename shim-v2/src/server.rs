@@ -9,6 +9,7 @@ use crate::{
     cleanup::{absent_is_fine, remove_directory},
     error::one_line,
     events::Events,
+    insight::PodService,
     log, process_file,
     sandbox::Sandbox,
     service::{SandboxService, TaskService},
@@ -35,6 +36,7 @@ use tokio::{
     time::timeout,
 };
 use ttrpc::r#async::{Server, transport::Listener};
+use walnut_shim_api::pod_ttrpc::create_pod;
 
 const TASK_V2: &str = "containerd.task.v2.Task";
 /// For containerd to read its last answer and hang up.
@@ -86,6 +88,8 @@ async fn run(args: &Args, listener: StdListener) -> anyhow::Result<()> {
         .create()
         .with_context(|| format!("creating {:?}", state.path()))?;
     process_file::write(&state.server_pid(), std::process::id())?;
+    std::fs::write(state.address(), socket.as_os_str().as_encoded_bytes())
+        .with_context(|| format!("writing {:?}", state.address()))?;
     let events = Events::start(events_address(args), args.namespace.clone());
     let sandbox = Arc::new(Sandbox::new(
         &args.namespace,
@@ -105,6 +109,7 @@ async fn run(args: &Args, listener: StdListener) -> anyhow::Result<()> {
             .drain()
             .map(|(_, service)| (TASK_V2.to_owned(), service)),
     );
+    services.extend(create_pod(Arc::new(PodService(Arc::clone(&sandbox)))));
     services.extend(create_sandbox(Arc::new(SandboxService(Arc::clone(
         &sandbox,
     )))));

@@ -10,8 +10,8 @@ use std::{
     os::unix::fs::DirBuilderExt as _,
     path::{Path, PathBuf},
 };
+use walnut_shim_api::{ADDRESS_FILE, STATE_ROOT};
 
-const ROOT: &str = "/run/walnut";
 /// containerd's own place for shim sockets; short, as a Unix socket's path has 107 bytes at the most.
 const SOCKET_ROOT: &str = "/run/containerd/s";
 
@@ -24,7 +24,7 @@ pub(crate) struct StateDir {
 impl StateDir {
     /// Names the directory; creates nothing. Both names are single path components.
     pub(crate) fn new(namespace: &str, sandbox_id: &str) -> Self {
-        Self::at(Path::new(ROOT).join(namespace).join(sandbox_id))
+        Self::at(Path::new(STATE_ROOT).join(namespace).join(sandbox_id))
     }
 
     /// A directory anywhere.
@@ -48,6 +48,11 @@ impl StateDir {
     /// Process id of the server.
     pub(crate) fn server_pid(&self) -> PathBuf {
         self.path.join("server.pid")
+    }
+
+    /// The path of the server's socket, for the `walnut` command.
+    pub(crate) fn address(&self) -> PathBuf {
+        self.path.join(ADDRESS_FILE)
     }
 
     /// Process id of the VMM.

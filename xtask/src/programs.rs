@@ -12,7 +12,7 @@ use crate::project::Project;
 const STATIC_TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// The host's programs; each is a package of the same name.
-pub(crate) const HOST_PROGRAMS: [&str; 2] = ["containerd-shim-walnut-v2", "walnut-vmm"];
+pub(crate) const HOST_PROGRAMS: [&str; 3] = ["containerd-shim-walnut-v2", "walnut", "walnut-vmm"];
 
 /// What cargo builds for this machine. Always for the whole workspace: cargo chooses the features of
 /// a dependency by what it is asked for, and compiles it again for another choice.

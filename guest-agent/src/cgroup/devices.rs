@@ -1,11 +1,19 @@
-//! Device rules as a BPF program: an assembler for just what they need.
+//! Device rules as a BPF program.
 //!
-//! Linux, `Documentation/admin-guide/cgroup-v2.rst`, "Device controller", and
-//! `Documentation/bpf/standardization/instruction-set.rst`. The program is asked with the kind of device,
+//! Linux, `Documentation/admin-guide/cgroup-v2.rst`, "Device controller". The program is asked with the kind of device,
 //! its numbers, and what is to be done with it (make, read, write). For each of these three, the last rule
 //! that speaks of it decides, and what no rule speaks of is refused. Must not load a program.
 
-use crate::container::spec::{DeviceRule, DeviceRuleKind};
+use crate::{
+    bpf::{
+        CONTEXT, RESULT,
+        code::{
+            AND, EXIT, JUMP_EQUAL, JUMP_NOT_EQUAL, LOAD_WORD, MOVE, MOVE_REGISTER, SHIFT_RIGHT,
+        },
+        instruction,
+    },
+    container::spec::{DeviceRule, DeviceRuleKind},
+};
 
 /// Rules at the most, so that a program stays far below the kernel's limits.
 const MAX_RULES: usize = 1024;
@@ -18,24 +26,12 @@ const MAKE: i32 = 1;
 const READ: i32 = 2;
 const WRITE: i32 = 4;
 
-/// Registers: the kernel's argument and result, then ours.
-const RESULT: u8 = 0;
-const CONTEXT: u8 = 1;
+/// Registers of ours.
 const KIND: u8 = 2;
 const ASKED: u8 = 3;
 const MAJOR: u8 = 4;
 const MINOR: u8 = 5;
 const SCRATCH: u8 = 6;
-
-/// Operation codes.
-const LOAD_WORD: u8 = 0x61;
-const MOVE: u8 = 0xb7;
-const MOVE_REGISTER: u8 = 0xbf;
-const AND: u8 = 0x57;
-const SHIFT_RIGHT: u8 = 0x77;
-const JUMP_EQUAL: u8 = 0x15;
-const JUMP_NOT_EQUAL: u8 = 0x55;
-const EXIT: u8 = 0x95;
 
 /// Why rules cannot be a program.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -175,13 +171,6 @@ fn assemble(rule: &Rule, program: &mut Vec<u64>) {
         program.push(instruction(JUMP_NOT_EQUAL, *register, 0, over, *value));
     }
     program.extend(body);
-}
-
-/// One instruction, as it lies in memory of a little-endian machine.
-fn instruction(code: u8, destination: u8, source: u8, offset: i16, immediate: i32) -> u64 {
-    let [o0, o1] = offset.to_le_bytes();
-    let [i0, i1, i2, i3] = immediate.to_le_bytes();
-    u64::from_le_bytes([code, source << 4 | destination, o0, o1, i0, i1, i2, i3])
 }
 
 #[cfg(test)]

@@ -8,15 +8,19 @@ pub(crate) mod devices;
 pub(crate) mod resources;
 pub(crate) mod stats;
 
-use crate::syscall;
+use crate::{
+    bpf::kernel::{self, ProgramKind},
+    syscall,
+};
 use resources::Setting;
 use rustix::{
     fs::{CWD, Mode, OFlags, openat},
     io::Errno,
 };
 use std::{
+    collections::HashMap,
     fs, io,
-    os::fd::OwnedFd,
+    os::{fd::OwnedFd, unix::fs::DirEntryExt as _},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -118,6 +122,31 @@ impl Hierarchy {
         }
     }
 
+    /// The containers' ids by what the kernel calls their cgroups: the inode numbers of the directories.
+    pub(crate) fn containers(&self) -> Result<HashMap<u64, String>, CgroupError> {
+        let entries = fs::read_dir(&self.0).map_err(|source| CgroupError::Directory {
+            attempted: "list",
+            path: self.0.clone(),
+            source,
+        })?;
+        let directories = entries
+            .flatten()
+            .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+            .map(|entry| {
+                (
+                    entry.ino(),
+                    entry.file_name().to_string_lossy().into_owned(),
+                )
+            });
+        Ok(directories.collect())
+    }
+
+    /// A hierarchy that is there already.
+    #[cfg(test)]
+    pub(crate) fn at(containers: &Path) -> Self {
+        Self(containers.to_owned())
+    }
+
     /// Kills every process of every container, and waits until they are gone.
     pub(crate) async fn kill_all(&self) -> Result<(), CgroupError> {
         let all = Cgroup {
@@ -178,8 +207,8 @@ impl Cgroup {
     /// Lets the container use the devices that `program` allows, and no others.
     pub(crate) fn restrict_devices(&self, program: &[u64]) -> Result<(), CgroupError> {
         let directory = self.open()?;
-        syscall::load_device_program(program)
-            .and_then(|program| syscall::attach_device_program(&directory, &program))
+        kernel::load(ProgramKind::CgroupDevice, "walnut_devices", program)
+            .and_then(|program| kernel::attach_to_cgroup(&directory, &program))
             .map_err(CgroupError::Devices)
     }
 

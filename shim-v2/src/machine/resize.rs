@@ -64,6 +64,11 @@ impl Machine {
         settled
     }
 
+    /// How large it is now.
+    pub(crate) async fn size(&self) -> Size {
+        self.growth.state.lock().await.size
+    }
+
     /// Gives up the room of a container that has gone, as far as the guest goes along.
     pub(crate) async fn dismiss(&self, id: &str) {
         let mut growth = self.growth.state.lock().await;

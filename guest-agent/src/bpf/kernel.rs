@@ -1,0 +1,280 @@
+//! bpf(2), each use as one safe function.
+//!
+//! Linux, `include/uapi/linux/bpf.h`. Must not hold policy.
+#![allow(unsafe_code, reason = "bpf(2) has no safe wrapper")]
+
+use std::{
+    io,
+    mem::size_of,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+};
+
+const BPF_MAP_CREATE: libc::c_int = 0;
+const BPF_MAP_LOOKUP_ELEM: libc::c_int = 1;
+const BPF_MAP_GET_NEXT_KEY: libc::c_int = 4;
+const BPF_PROG_LOAD: libc::c_int = 5;
+const BPF_PROG_ATTACH: libc::c_int = 8;
+const BPF_RAW_TRACEPOINT_OPEN: libc::c_int = 17;
+
+const BPF_CGROUP_DEVICE: u32 = 6;
+const BPF_F_ALLOW_MULTI: u32 = 2;
+
+/// The kernel's verifier gives up with EAGAIN when a signal comes, such as that of a child's end; the signal
+/// has been handled when the call returns, so each attempt can only be disturbed by a further one.
+const LOAD_ATTEMPTS: u32 = 100;
+
+/// Kinds of programs (`enum bpf_prog_type`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum ProgramKind {
+    /// Asked whether a process of a cgroup may use a device.
+    CgroupDevice = 15,
+    /// Called at a tracepoint with its arguments as they are.
+    RawTracepoint = 17,
+}
+
+/// Kinds of maps (`enum bpf_map_type`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum MapKind {
+    /// One value for each key and processor.
+    PerProcessorHash = 5,
+    /// One value for each index and processor.
+    PerProcessorArray = 6,
+    /// The entry that was used longest ago makes room.
+    LeastRecentlyUsedHash = 9,
+}
+
+/// The shape of a map.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct MapShape {
+    /// Its kind.
+    pub(crate) kind: MapKind,
+    /// Bytes of a key.
+    pub(crate) key: u32,
+    /// Bytes of a value, of one processor.
+    pub(crate) value: u32,
+    /// Entries at the most.
+    pub(crate) entries: u32,
+    /// `BPF_F_*`.
+    pub(crate) flags: u32,
+}
+
+/// Memory is taken entry by entry (`BPF_F_NO_PREALLOC`).
+pub(crate) const NO_PREALLOCATION: u32 = 1;
+
+/// `bpf_attr` of `BPF_MAP_CREATE`, up to the last field that is used.
+#[repr(C)]
+struct MapCreate {
+    kind: u32,
+    key_size: u32,
+    value_size: u32,
+    max_entries: u32,
+    flags: u32,
+}
+
+/// `bpf_attr` of `BPF_MAP_*_ELEM` and `BPF_MAP_GET_NEXT_KEY`.
+#[repr(C)]
+struct MapElement {
+    map_fd: u32,
+    unused: u32,
+    key: u64,
+    /// Or the next key.
+    value: u64,
+    flags: u64,
+}
+
+/// `bpf_attr` of `BPF_PROG_LOAD`, up to the last field that is used.
+#[repr(C)]
+struct ProgramLoad {
+    kind: u32,
+    instruction_count: u32,
+    instructions: u64,
+    license: u64,
+    log_level: u32,
+    log_size: u32,
+    log_buffer: u64,
+    kernel_version: u32,
+    flags: u32,
+    name: [u8; 16],
+    interface_index: u32,
+    expected_attach_type: u32,
+}
+
+/// `bpf_attr` of `BPF_PROG_ATTACH`.
+#[repr(C)]
+struct ProgramAttach {
+    target_fd: u32,
+    program_fd: u32,
+    kind: u32,
+    flags: u32,
+}
+
+/// `bpf_attr` of `BPF_RAW_TRACEPOINT_OPEN`.
+#[repr(C)]
+struct TracepointOpen {
+    name: u64,
+    program_fd: u32,
+    unused: u32,
+}
+
+fn number(fd: BorrowedFd<'_>) -> u32 {
+    fd.as_raw_fd().unsigned_abs()
+}
+
+/// bpf(2). The attributes must be those of the command; what they point to must be of the size that the
+/// command reads or writes.
+fn bpf<T>(command: libc::c_int, attributes: &T) -> io::Result<RawFd> {
+    // SAFETY: `attributes` outlives the call and its size is the one passed; the callers in this file see to
+    // the memory that its addresses name.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            command,
+            std::ptr::from_ref(attributes),
+            size_of::<T>(),
+        )
+    };
+    match RawFd::try_from(result) {
+        Ok(value) if value >= 0 => Ok(value),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+fn owned(descriptor: RawFd) -> OwnedFd {
+    // SAFETY: the kernel has just made this file descriptor and nobody else knows it.
+    unsafe { OwnedFd::from_raw_fd(descriptor) }
+}
+
+/// Loads a program of encoded instructions. `name` is for who lists programs: at most 15 letters and `_`.
+pub(crate) fn load(
+    kind: ProgramKind,
+    name: &'static str,
+    instructions: &[u64],
+) -> io::Result<OwnedFd> {
+    let mut padded = [0; 16];
+    for (to, from) in padded.iter_mut().take(15).zip(name.bytes()) {
+        *to = from;
+    }
+    let attributes = ProgramLoad {
+        kind: kind as u32,
+        instruction_count: u32::try_from(instructions.len()).map_err(io::Error::other)?,
+        instructions: instructions.as_ptr().addr() as u64,
+        license: c"Apache".as_ptr().addr() as u64,
+        log_level: 0,
+        log_size: 0,
+        log_buffer: 0,
+        kernel_version: 0,
+        flags: 0,
+        name: padded,
+        interface_index: 0,
+        expected_attach_type: if kind == ProgramKind::CgroupDevice {
+            BPF_CGROUP_DEVICE
+        } else {
+            0
+        },
+    };
+    let load = || bpf(BPF_PROG_LOAD, &attributes);
+    (1..LOAD_ATTEMPTS)
+        .find_map(|_| match load() {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
+            other => Some(other),
+        })
+        .unwrap_or_else(load)
+        .map(owned)
+}
+
+/// Attaches a device program to a cgroup directory; it joins those of the parents, each of which can refuse.
+pub(crate) fn attach_to_cgroup(cgroup: &impl AsFd, program: &impl AsFd) -> io::Result<()> {
+    let attributes = ProgramAttach {
+        target_fd: number(cgroup.as_fd()),
+        program_fd: number(program.as_fd()),
+        kind: BPF_CGROUP_DEVICE,
+        flags: BPF_F_ALLOW_MULTI,
+    };
+    bpf(BPF_PROG_ATTACH, &attributes).map(drop)
+}
+
+/// Calls a program at a tracepoint as long as the result lives.
+pub(crate) fn attach_to_tracepoint(
+    name: &'static std::ffi::CStr,
+    program: &impl AsFd,
+) -> io::Result<OwnedFd> {
+    let attributes = TracepointOpen {
+        name: name.as_ptr().addr() as u64,
+        program_fd: number(program.as_fd()),
+        unused: 0,
+    };
+    bpf(BPF_RAW_TRACEPOINT_OPEN, &attributes).map(owned)
+}
+
+/// A map.
+#[derive(Debug)]
+pub(crate) struct Map {
+    descriptor: OwnedFd,
+    shape: MapShape,
+}
+
+impl Map {
+    /// Makes a map.
+    pub(crate) fn create(shape: MapShape) -> io::Result<Self> {
+        let attributes = MapCreate {
+            kind: shape.kind as u32,
+            key_size: shape.key,
+            value_size: shape.value,
+            max_entries: shape.entries,
+            flags: shape.flags,
+        };
+        let descriptor = owned(bpf(BPF_MAP_CREATE, &attributes)?);
+        Ok(Self { descriptor, shape })
+    }
+
+    /// The number by which a program names it.
+    pub(crate) fn descriptor(&self) -> RawFd {
+        self.descriptor.as_raw_fd()
+    }
+
+    /// The key that comes after `key`, or the first; keys that come and go meanwhile may be missed.
+    pub(crate) fn next_key(&self, key: Option<&[u8]>) -> io::Result<Option<Vec<u8>>> {
+        let mut next = vec![0; size(self.shape.key)?];
+        if key.is_some_and(|key| key.len() != next.len()) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let attributes = MapElement {
+            map_fd: number(self.descriptor.as_fd()),
+            unused: 0,
+            key: key.map_or(0, |key| key.as_ptr().addr() as u64),
+            value: next.as_mut_ptr().expose_provenance() as u64,
+            flags: 0,
+        };
+        match bpf(BPF_MAP_GET_NEXT_KEY, &attributes) {
+            Ok(_) => Ok(Some(next)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The value of each of `processors` (all that the kernel might ever have), one after the other, each
+    /// padded to 8 bytes.
+    pub(crate) fn values(&self, key: &[u8], processors: usize) -> io::Result<Option<Vec<u8>>> {
+        let each = size(self.shape.value)?.next_multiple_of(8);
+        if key.len() != size(self.shape.key)? {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let mut values = vec![0; each * processors];
+        let attributes = MapElement {
+            map_fd: number(self.descriptor.as_fd()),
+            unused: 0,
+            key: key.as_ptr().addr() as u64,
+            value: values.as_mut_ptr().expose_provenance() as u64,
+            flags: 0,
+        };
+        match bpf(BPF_MAP_LOOKUP_ELEM, &attributes) {
+            Ok(_) => Ok(Some(values)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+fn size(bytes: u32) -> io::Result<usize> {
+    usize::try_from(bytes).map_err(io::Error::other)
+}
