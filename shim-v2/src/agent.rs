@@ -4,6 +4,8 @@
 //! bounded by ttrpc's message size, an error's text is cut and made printable, and nothing that the agent
 //! says is used as a path, a process id or a time on the host.
 
+mod guest_calls;
+
 use crate::error::printable;
 use containerd_shim_protos::{api, shim_async::TaskClient};
 use protobuf::{MessageField, well_known_types::any::Any};
@@ -12,7 +14,7 @@ use std::{
     io,
     path::PathBuf,
     sync::atomic::{AtomicU64, Ordering},
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::Duration,
 };
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -121,145 +123,6 @@ impl Agent {
             vsock,
             next_stream: AtomicU64::new(1),
         })
-    }
-
-    /// `Guest.Setup`.
-    pub(crate) async fn setup(
-        &self,
-        hostname: &str,
-        share_tag: &str,
-        network: &guest::Network,
-    ) -> Result<(), AgentError> {
-        let now = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default();
-        let request = guest::SetupRequest {
-            hostname: hostname.to_owned(),
-            realtime_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
-            share_tag: share_tag.to_owned(),
-            network: MessageField::some(network.clone()),
-            ..Default::default()
-        };
-        call("Setup", CALL_DEADLINE, |context| {
-            self.guest.setup(context, &request)
-        })
-        .await?;
-        Ok(())
-    }
-
-    /// `Guest.AddStorage`: answers the guest's numbers of the disks, as many as there are.
-    pub(crate) async fn add_storage(
-        &self,
-        request: &guest::AddStorageRequest,
-    ) -> Result<Vec<(u32, u32)>, AgentError> {
-        let answer = call("AddStorage", CALL_DEADLINE, |context| {
-            self.guest.add_storage(context, request)
-        });
-        let numbers = answer.await?.numbers;
-        if numbers.len() == request.disks.len() {
-            return Ok(numbers
-                .iter()
-                .map(|number| (number.major, number.minor))
-                .collect());
-        }
-        Err(AgentError::Answer {
-            call: "AddStorage",
-            what: "numbers of other disks",
-        })
-    }
-
-    /// `Guest.RemoveStorage`.
-    pub(crate) async fn remove_storage(&self, container_id: &str) -> Result<(), AgentError> {
-        let request = guest::RemoveStorageRequest {
-            container_id: container_id.to_owned(),
-            ..Default::default()
-        };
-        call("RemoveStorage", CALL_DEADLINE, |context| {
-            self.guest.remove_storage(context, &request)
-        })
-        .await?;
-        Ok(())
-    }
-
-    /// `Guest.Online`.
-    pub(crate) async fn online(&self, vcpus: u8) -> Result<(), AgentError> {
-        let request = guest::OnlineRequest {
-            vcpus: vcpus.into(),
-            ..Default::default()
-        };
-        call("Online", CALL_DEADLINE, |context| {
-            self.guest.online(context, &request)
-        })
-        .await?;
-        Ok(())
-    }
-
-    /// `Guest.UpdateNetwork`.
-    pub(crate) async fn update_network(&self, network: &guest::Network) -> Result<(), AgentError> {
-        let request = guest::UpdateNetworkRequest {
-            network: MessageField::some(network.clone()),
-            ..Default::default()
-        };
-        call("UpdateNetwork", CALL_DEADLINE, |context| {
-            self.guest.update_network(context, &request)
-        })
-        .await?;
-        Ok(())
-    }
-
-    /// `Guest.WatchVolumes`, before the container is created.
-    pub(crate) async fn watch_volumes(&self, id: &str, volumes: &[u32]) -> Result<(), AgentError> {
-        let request = guest::WatchVolumesRequest {
-            container_id: id.to_owned(),
-            volumes: volumes.to_owned(),
-            ..Default::default()
-        };
-        call("WatchVolumes", CALL_DEADLINE, |context| {
-            self.guest.watch_volumes(context, &request)
-        })
-        .await?;
-        Ok(())
-    }
-
-    /// `Guest.AnnounceChanges`.
-    pub(crate) async fn announce_changes(
-        &self,
-        changes: Vec<guest::Change>,
-    ) -> Result<(), AgentError> {
-        let request = guest::AnnounceChangesRequest {
-            changes,
-            ..Default::default()
-        };
-        call("AnnounceChanges", CALL_DEADLINE, |context| {
-            self.guest.announce_changes(context, &request)
-        })
-        .await?;
-        Ok(())
-    }
-
-    /// `Guest.Shutdown`.
-    pub(crate) async fn shutdown(&self) -> Result<(), AgentError> {
-        let request = guest::ShutdownRequest::default();
-        call("Shutdown", SHUTDOWN_DEADLINE, |context| {
-            self.guest.shutdown(context, &request)
-        })
-        .await?;
-        Ok(())
-    }
-
-    /// `Guest.Syscalls`.
-    pub(crate) async fn syscalls(
-        &self,
-        keep_ms: u32,
-    ) -> Result<guest::SyscallsResponse, AgentError> {
-        let request = guest::SyscallsRequest {
-            keep_ms,
-            ..Default::default()
-        };
-        call("Syscalls", CALL_DEADLINE, |context| {
-            self.guest.syscalls(context, &request)
-        })
-        .await
     }
 
     /// Creates a container from its configuration for the guest.

@@ -4,10 +4,11 @@ use crate::{
     args::is_name,
     container::{Container, Exit, Process, ProcessState},
     error::ShimError,
+    exits::{start_failed, watch_process},
     io::{Stdio, Streams},
     log,
     machine::Machine,
-    sandbox::{SIGKILL, Sandbox, delete_in_guest, start_failed, state_error, watch_process},
+    sandbox::{SIGKILL, Sandbox, delete_in_guest, state_error},
     slots::SlotError,
 };
 use containerd_shim_protos::{api, types::task::ProcessInfo};

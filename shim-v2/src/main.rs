@@ -19,6 +19,7 @@ mod container;
 mod control;
 mod error;
 mod events;
+mod exits;
 mod hooks;
 mod info;
 mod insight;

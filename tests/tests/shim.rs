@@ -213,11 +213,11 @@ fn what_a_bundle_asks_for_in_vain_is_named() -> Result<()> {
         return Ok(());
     };
     let leak = Leak::watch()?;
-    let seccomp = json!({ "defaultAction": "SCMP_ACT_ERRNO" });
-    let bundle = Bundle::new(&programs, |spec| spec.with("/linux/seccomp", seccomp))?;
+    let rdt = json!({ "closID": "chosen" });
+    let bundle = Bundle::new(&programs, |spec| spec.with("/linux/intelRdt", rdt))?;
     let tasks = bundle.start(&programs)?;
     let answer = tasks.create(&bundle.request(&Stdio::default()));
-    refused(answer, ttrpc::Code::UNIMPLEMENTED, &["seccomp"])?;
+    refused(answer, ttrpc::Code::UNIMPLEMENTED, &["linux.intelRdt"])?;
     bundle.shut_down(&tasks)?;
     bundle.shim(&programs, &["delete"])?.success()?;
     leak.nothing_left()

@@ -27,6 +27,8 @@ const SYSCTLS: &[(&str, &str)] = &[
     ("fs/protected_symlinks", "1"),
     ("kernel/kptr_restrict", "1"),
     ("kernel/pid_max", "4194304"),
+    // As the kubelet sets it on nodes: a VM as small as its limits must not refuse what a large host promises.
+    ("vm/overcommit_memory", "1"),
 ];
 
 /// What PID 1 is to do, by `walnut.mode=` on the kernel command line.

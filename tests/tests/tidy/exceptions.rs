@@ -41,6 +41,11 @@ pub(crate) const EXCEPTIONS: &[Exception] = &[
         "looks again for the end of a process that is not a child, up to a deadline",
     ),
     (
+        "sleep",
+        "guest-agent/src/insight/mod.rs",
+        "ends what nobody has asked for until then",
+    ),
+    (
         "unsafe",
         "guest-agent/src/bpf/kernel.rs",
         "bpf(2), which no safe wrapper of ours offers, each use behind a safe function",

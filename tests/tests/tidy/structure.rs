@@ -7,7 +7,7 @@ use crate::{
 use std::collections::BTreeSet;
 
 /// Lines of Rust in the complete product at the most, without its tests.
-const BUDGET_LINES: usize = 40_000;
+const BUDGET_LINES: usize = 50_000;
 /// What is delivered: the three programs and the guest image. Tests and the developer's commands are not.
 const PRODUCT: [&str; 5] = ["cli/", "guest-agent/", "guest-image/", "shim-v2/", "vmm/"];
 
