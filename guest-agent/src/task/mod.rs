@@ -22,7 +22,7 @@ use crate::{
         launch::LaunchError,
         refuse::{SpecError, parse_process, parse_resources, parse_spec},
         seccomp,
-        spec::Inherited,
+        spec::{Inherited, Spec},
         validate, validate_process,
         wire::{Identity, Job},
     },
@@ -224,12 +224,7 @@ impl Tasks {
         check_id("container", &request.id)?;
         let mut spec = parse_spec(request.spec)?;
         validate(&spec)?;
-        // Compiled once: execs live under it too.
-        let profile = spec.linux.seccomp.take();
-        let confinement = Confinement {
-            filter: profile.as_ref().map(seccomp::compile).transpose()?,
-            apparmor_profile: spec.process.apparmor_profile.clone(),
-        };
+        let confinement = confinement(&mut spec)?;
         // Held until the container's process has joined them.
         let _shared = self.open_namespaces(&mut spec.linux.namespaces)?;
         same_terminal(request.terminal, spec.process.terminal)?;
@@ -383,6 +378,15 @@ impl Tasks {
     pub(crate) async fn kill_everything(&self) -> Result<(), TaskError> {
         Ok(self.machinery.hierarchy.kill_all().await?)
     }
+}
+
+/// What a container's processes are confined by; a filter is compiled once, as execs live under it too.
+fn confinement(spec: &mut Spec) -> Result<Confinement, SpecError> {
+    let profile = spec.linux.seccomp.take();
+    Ok(Confinement {
+        filter: profile.as_ref().map(seccomp::compile).transpose()?,
+        apparmor_profile: spec.process.apparmor_profile.clone(),
+    })
 }
 
 fn same_terminal(of_request: bool, of_document: bool) -> Result<(), TaskError> {
