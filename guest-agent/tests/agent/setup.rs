@@ -220,16 +220,16 @@ async fn what_is_not_a_program_fails_the_start() {
 #[tokio::test]
 async fn what_is_not_enforced_is_refused() {
     let Some(agent) = agent().await else { return };
-    let id = unique("seccomp");
+    let id = unique("refused");
     let mut spec = agent.spec(&id, "true");
-    spec["linux"]["seccomp"] = json!({"defaultAction": "SCMP_ACT_ALLOW"});
+    spec["linux"]["mountLabel"] = json!("system_u:object_r:container_file_t:s0");
     let (code, message) = refusal(agent.create(&id, &spec, None).await);
     assert_eq!(code, Code::UNIMPLEMENTED);
     assert!(
-        message.starts_with("linux.seccomp is not supported: "),
+        message.starts_with("linux.mountLabel is not supported: "),
         "{message}"
     );
-    spec["linux"]["seccomp"] = json!(null);
+    spec["linux"]["mountLabel"] = json!(null);
     spec["mounts"][0]["type"] = json!("nfs");
     let (code, message) = refusal(agent.create(&id, &spec, None).await);
     assert_eq!(code, Code::INVALID_ARGUMENT);
