@@ -72,6 +72,9 @@ struct Report {
 
 type Key = (String, u32);
 
+/// What a metric tells of a row.
+type Figure = fn(&Row) -> u64;
+
 /// Counts, and shows what was counted once for each interval.
 pub(crate) async fn run(pods: &Pods, pod: &str, plan: &Plan) -> Result<(), CommandError> {
     let shim = pods.find(pod)?.connect().await?;
@@ -202,7 +205,7 @@ impl Report {
     /// Prometheus' text-based exposition format 0.0.4.
     fn prometheus(&self) -> String {
         let mut text = String::new();
-        let families: [(&str, &str, fn(&Row) -> u64); 4] = [
+        let families: [(&str, &str, Figure); 4] = [
             ("calls_total", "Calls that ended.", |row| row.calls),
             ("errors_total", "Calls that ended with an error.", |row| {
                 row.errors

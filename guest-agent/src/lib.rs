@@ -10,10 +10,13 @@ mod bpf;
 mod cgroup;
 mod container;
 mod error;
+mod file_system;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
 mod guest;
+mod hotplug;
 mod insight;
+mod kernel_events;
 mod pause;
 mod reaper;
 mod server;

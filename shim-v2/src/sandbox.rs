@@ -177,13 +177,7 @@ impl Sandbox {
         }
         let numbers = machine.expose(needs).await?;
         spec::renumber(&mut guest, &devices, &numbers);
-        let stdio = Stdio {
-            stdin: request.stdin.clone(),
-            stdout: request.stdout.clone(),
-            stderr: request.stderr.clone(),
-            terminal: request.terminal,
-            owner: (self.events.namespace(), request.id.clone()),
-        };
+        let stdio = self.stdio(request);
         let created = async {
             hooks.creating(machine.pid()).await?;
             create_in_guest(&machine, request, &guest, stdio).await
@@ -205,6 +199,16 @@ impl Sandbox {
                 hooks.stopped().await;
                 Err(error)
             }
+        }
+    }
+
+    fn stdio(&self, request: &api::CreateTaskRequest) -> Stdio {
+        Stdio {
+            stdin: request.stdin.clone(),
+            stdout: request.stdout.clone(),
+            stderr: request.stderr.clone(),
+            terminal: request.terminal,
+            owner: (self.events.namespace(), request.id.clone()),
         }
     }
 

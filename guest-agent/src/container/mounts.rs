@@ -11,13 +11,10 @@ use super::{
     sources::Source,
     spec::Mount,
 };
-use crate::syscall;
+use crate::{file_system, syscall};
 use rustix::{
     fs::CWD,
-    mount::{
-        FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, fsconfig_create,
-        fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount, open_tree,
-    },
+    mount::{MountAttrFlags, MoveMountFlags, OpenTreeFlags, move_mount, open_tree},
 };
 use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
@@ -117,22 +114,7 @@ pub(super) fn new_file_system(
     source: &Path,
     data: &[(String, Option<String>)],
 ) -> rustix::io::Result<OwnedFd> {
-    let context = fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC)?;
-    if !source.as_os_str().is_empty() {
-        fsconfig_set_string(&context, "source", source)?;
-    }
-    for (key, value) in data {
-        match value {
-            Some(value) => fsconfig_set_string(&context, key.as_str(), value.as_str())?,
-            None => fsconfig_set_flag(&context, key.as_str())?,
-        }
-    }
-    fsconfig_create(&context)?;
-    fsmount(
-        &context,
-        FsMountFlags::FSMOUNT_CLOEXEC,
-        MountAttrFlags::empty(),
-    )
+    file_system::create(kind, source, data, MountAttrFlags::empty())
 }
 
 fn make(

@@ -4,28 +4,15 @@
 //! Linux, `Documentation/core-api/cpu_hotplug.rst`. Must not know who asked for them.
 
 use super::GuestError;
-use crate::syscall::register;
-use rustix::{
-    io::Errno,
-    net::{
-        AddressFamily, RecvFlags, SocketFlags, SocketType, bind,
-        netlink::{KOBJECT_UEVENT, SocketAddrNetlink},
-        recv, socket_with,
-    },
-};
-use std::{fs, io, os::fd::OwnedFd, path::Path, time::Duration};
-use tokio::{
-    io::{Interest, unix::AsyncFd},
-    time::timeout,
-};
+use crate::kernel_events::KernelEvents;
+use std::{fs, io, path::Path, time::Duration};
+use tokio::time::timeout;
 
 const CPUS: &str = "/sys/devices/system/cpu";
 /// vCPUs of a guest at the most, by the ids that interrupt controllers have.
 const MAX_VCPUS: u32 = 254;
 /// From the machine's telling that a vCPU is there to the kernel's.
 const COMING_DEADLINE: Duration = Duration::from_secs(30);
-/// The kernel's own events, not those of udev.
-const KERNEL_EVENTS: u32 = 1;
 
 /// Waits until `count` vCPUs are there, and brings each of them online.
 pub(crate) async fn vcpus(count: u32) -> Result<(), GuestError> {
@@ -34,11 +21,11 @@ pub(crate) async fn vcpus(count: u32) -> Result<(), GuestError> {
     }
     let failed = || GuestError::system("follow the kernel's events");
     // Listening comes before looking: what comes in between is heard.
-    let events = kernel_events().map_err(failed())?;
+    let events = KernelEvents::listen().map_err(failed())?;
     let all = async {
         for number in 0..count {
             while !bring_online(Path::new(CPUS), number)? {
-                next_event(&events).await.map_err(failed())?;
+                events.next().await.map_err(failed())?;
             }
         }
         Ok(())
@@ -65,31 +52,6 @@ fn bring_online(cpus: &Path, number: u32) -> Result<bool, GuestError> {
         _ => fs::write(&file, "1")
             .map(|()| true)
             .map_err(GuestError::system(format!("bring vCPU {number} online"))),
-    }
-}
-
-fn kernel_events() -> io::Result<AsyncFd<OwnedFd>> {
-    let socket = socket_with(
-        AddressFamily::NETLINK,
-        SocketType::DGRAM,
-        SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
-        Some(KOBJECT_UEVENT),
-    )?;
-    bind(&socket, &SocketAddrNetlink::new(0, KERNEL_EVENTS))?;
-    register(socket, Interest::READABLE)
-}
-
-/// Waits for one event, whatever it says.
-async fn next_event(events: &AsyncFd<OwnedFd>) -> io::Result<()> {
-    loop {
-        let mut ready = events.readable().await?;
-        let mut event = [0; 2048];
-        match recv(events.get_ref(), &mut event, RecvFlags::empty()) {
-            Err(Errno::AGAIN) => ready.clear_ready(),
-            // Events were lost: the look that follows finds out what they said.
-            Ok(_) | Err(Errno::NOBUFS) => return Ok(()),
-            Err(error) => return Err(error.into()),
-        }
     }
 }
 

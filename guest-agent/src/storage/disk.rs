@@ -4,30 +4,20 @@
 //! platform device still, without a driver. Must not look at what is on a disk.
 
 use super::StorageError;
-use crate::syscall;
-use rustix::net::{
-    AddressFamily, RecvFlags, SocketFlags, SocketType, bind,
-    netlink::{KOBJECT_UEVENT, SocketAddrNetlink},
-    recv, socket_with,
+use crate::{
+    hotplug::{self, PLATFORM, bind, is_driven, platform_device},
+    kernel_events::KernelEvents,
+    syscall,
 };
 use std::{
     fs, io,
-    os::fd::OwnedFd,
     path::{Path, PathBuf},
     time::Duration,
 };
-use tokio::{
-    io::{Interest, unix::AsyncFd},
-    time::timeout,
-};
+use tokio::time::timeout;
 
-const ACPI: &str = "/sys/bus/acpi/devices";
-const PLATFORM: &str = "/sys/bus/platform/devices";
-const DRIVER: &str = "/sys/bus/platform/drivers/virtio-mmio";
 /// From the VMM's interrupt to a block device, on the slowest machine.
 const DEADLINE: Duration = Duration::from_secs(30);
-/// The kernel's own multicast group for events of devices.
-const KERNEL_EVENTS: u32 = 1;
 /// Letters and digits of a name.
 const NAME_BYTES: usize = 4;
 /// What the parts of a disk are multiples of.
@@ -52,13 +42,13 @@ impl Disk {
         }
         let system = || StorageError::system(format!("look for disk {name}"));
         // Before the first look, so that what comes after it is told.
-        let events = listen().map_err(system())?;
+        let events = KernelEvents::listen().map_err(system())?;
         let found = timeout(DEADLINE, async {
             loop {
                 if let Some(disk) = look(name)? {
                     return Ok(disk);
                 }
-                next_event(&events).await?;
+                events.next().await?;
             }
         });
         match found.await {
@@ -108,10 +98,7 @@ impl Disk {
 
     /// Takes the driver away, which writes what is not yet written. Without a driver nothing happens.
     pub(super) fn release(&self) -> Result<(), StorageError> {
-        if !Path::new(DRIVER).join(&self.platform).exists() {
-            return Ok(());
-        }
-        fs::write(format!("{DRIVER}/unbind"), &self.platform)
+        hotplug::unbind(&self.platform)
             .map_err(StorageError::system(format!("release {}", self.node)))
     }
 }
@@ -122,27 +109,12 @@ fn look(name: &str) -> io::Result<Option<Disk>> {
         return Ok(None);
     };
     let device = Path::new(PLATFORM).join(&platform);
-    if device.exists() && !device.join("driver").exists() {
-        // Refused when the kernel itself is about to do it, and then there will be an event.
-        let _ = fs::write(format!("{DRIVER}/bind"), &platform);
+    if device.exists() && !is_driven(&platform) {
+        bind(&platform);
     }
     let disk = block_device(&device)?.map(|node| Disk { platform, node });
     // Its directory comes before it can be opened; the kernel's event comes after.
     Ok(disk.filter(|disk| fs::File::open(disk.path(0)).is_ok()))
-}
-
-/// `LNRO0005:<number>`, for both buses.
-fn platform_device(name: &str) -> io::Result<Option<String>> {
-    let wanted = format!("\\_SB_.HOTP.{name}");
-    for entry in fs::read_dir(ACPI)? {
-        let entry = entry?;
-        let path = fs::read_to_string(entry.path().join("path"));
-        // Not every device has one.
-        if path.is_ok_and(|path| path.trim() == wanted) {
-            return Ok(entry.file_name().into_string().ok());
-        }
-    }
-    Ok(None)
 }
 
 /// What is in `<device>/virtio<number>/block`.
@@ -160,28 +132,4 @@ fn block_device(device: &Path) -> io::Result<Option<String>> {
         }
     }
     Ok(None)
-}
-
-fn listen() -> io::Result<AsyncFd<OwnedFd>> {
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = socket_with(
-        AddressFamily::NETLINK,
-        SocketType::DGRAM,
-        flags,
-        Some(KOBJECT_UEVENT),
-    )?;
-    bind(&socket, &SocketAddrNetlink::new(0, KERNEL_EVENTS))?;
-    syscall::register(socket, Interest::READABLE)
-}
-
-async fn next_event(socket: &AsyncFd<OwnedFd>) -> io::Result<()> {
-    let read = |socket: &OwnedFd| {
-        let mut message = [0; 4096];
-        match recv(socket, &mut message[..], RecvFlags::empty()) {
-            // Some were lost: as good a reason to look.
-            Err(rustix::io::Errno::NOBUFS) => Ok(()),
-            result => result.map(drop).map_err(io::Error::from),
-        }
-    };
-    socket.async_io(Interest::READABLE, read).await
 }

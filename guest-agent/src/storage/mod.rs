@@ -8,14 +8,12 @@ mod disk;
 use self::disk::Disk;
 use crate::{
     container::mount_options::{self, UnsupportedOption},
+    file_system,
     task::check_id,
 };
 use rustix::{
     fs::{CWD, Gid, Mode, OFlags, Uid},
-    mount::{
-        FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, UnmountFlags, fsconfig_create,
-        fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount, unmount,
-    },
+    mount::{MountAttrFlags, MoveMountFlags, UnmountFlags, move_mount, unmount},
 };
 use std::{
     collections::HashMap,
@@ -176,7 +174,7 @@ impl Held {
             data.push(("device".to_owned(), Some(device)));
         }
         let flags = u32::try_from(options.attributes.set).unwrap_or(0);
-        new_file_system(
+        file_system::create(
             &image.type_,
             &source,
             &data,
@@ -242,7 +240,7 @@ impl Layers {
             .collect();
         if scratch_bytes > 0 {
             let size = ("size".to_owned(), Some(scratch_bytes.to_string()));
-            let scratch = new_file_system(
+            let scratch = file_system::create(
                 "tmpfs",
                 Path::new("tmpfs"),
                 &[size],
@@ -257,7 +255,7 @@ impl Layers {
                 data.push((name.to_owned(), text(&directory)));
             }
         }
-        new_file_system(
+        file_system::create(
             "overlay",
             Path::new("overlay"),
             &data,
@@ -303,24 +301,6 @@ fn move_to(mount: &OwnedFd, place: &Path) -> Result<(), StorageError> {
         MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
     )
     .map_err(StorageError::system(format!("mount on {place:?}")))
-}
-
-fn new_file_system(
-    kind: &str,
-    source: &Path,
-    data: &[(String, Option<String>)],
-    attributes: MountAttrFlags,
-) -> rustix::io::Result<OwnedFd> {
-    let context = fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC)?;
-    fsconfig_set_string(&context, "source", source)?;
-    for (key, value) in data {
-        match value {
-            Some(value) => fsconfig_set_string(&context, key.as_str(), value.as_str())?,
-            None => fsconfig_set_flag(&context, key.as_str())?,
-        }
-    }
-    fsconfig_create(&context)?;
-    fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)
 }
 
 #[cfg(test)]

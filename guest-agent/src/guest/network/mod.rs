@@ -161,7 +161,7 @@ impl Network {
         let deadline = Instant::now() + DEVICE_DEADLINE;
         loop {
             if !interface.device.is_empty() {
-                nic::bind(&interface.device);
+                nic::bind(&interface.device).map_err(system("look for a network device"))?;
             }
             if let Some(nic) = find()? {
                 return Ok(nic);
