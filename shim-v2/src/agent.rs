@@ -37,6 +37,8 @@ use walnut_vmm_api::{HandshakeError, MAX_HANDSHAKE_BYTES, connect_line, parse_ok
 const CALL_DEADLINE: Duration = Duration::from_secs(60);
 /// The end of a VM has its own, shorter scale: afterwards it is killed.
 const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(15);
+/// The signal that no process survives.
+const SIGKILL: u32 = 9;
 const MAX_ERROR_BYTES: usize = 1024;
 /// The only statistics that are passed on.
 const METRICS_TYPE_URL: &str = "io.containerd.cgroups.v2.Metrics";
@@ -224,6 +226,16 @@ impl Agent {
         })
         .await?;
         Ok(())
+    }
+
+    /// Ends a container's first process, and with it the others, at once.
+    pub(crate) async fn kill_now(&self, id: &str) -> Result<(), AgentError> {
+        let request = api::KillRequest {
+            id: id.to_owned(),
+            signal: SIGKILL,
+            ..Default::default()
+        };
+        self.kill(&request).await
     }
 
     /// Removes a process that has ended, or a container.

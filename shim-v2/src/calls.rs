@@ -8,7 +8,7 @@ use crate::{
     io::{Stdio, Streams},
     log,
     machine::Machine,
-    sandbox::{SIGKILL, Sandbox, delete_in_guest, state_error},
+    sandbox::{Sandbox, delete_in_guest, state_error},
     slots::SlotError,
 };
 use containerd_shim_protos::{api, types::task::ProcessInfo};
@@ -366,12 +366,7 @@ impl Sandbox {
 
 /// Ends a container whose start did not come to its end; who watches it tells containerd.
 async fn kill_now(machine: &Machine, id: &str) {
-    let kill = api::KillRequest {
-        id: id.to_owned(),
-        signal: SIGKILL,
-        ..Default::default()
-    };
-    if let Err(error) = machine.ask(machine.agent().kill(&kill)).await {
+    if let Err(error) = machine.ask(machine.agent().kill_now(id)).await {
         log::error("ending a container whose start failed", &error);
     }
 }

@@ -42,9 +42,6 @@ use std::{
 };
 use tokio::sync::watch;
 
-/// The signal that no process survives.
-pub(crate) const SIGKILL: u32 = 9;
-
 /// Where the machine is in its life.
 #[derive(Clone)]
 enum Phase {
@@ -447,13 +444,8 @@ pub(crate) async fn delete_in_guest(
 
 /// Removes a container that was made for nobody, as far as the guest goes along.
 async fn discard(machine: &Machine, id: &str) {
-    let kill = api::KillRequest {
-        id: id.to_owned(),
-        signal: SIGKILL,
-        ..Default::default()
-    };
     let removed = async {
-        machine.ask(machine.agent().kill(&kill)).await?;
+        machine.ask(machine.agent().kill_now(id)).await?;
         machine.ask(machine.agent().wait(id, "")).await?;
         delete_in_guest(machine, id, "").await?;
         Ok::<(), ShimError>(machine.withdraw(id).await?)

@@ -1,0 +1,48 @@
+//! containerd's CRI, as the kubelet uses it: the same stories with Walnut and with runc, the oracle, but for the kernel.
+
+mod container;
+mod life;
+mod pod;
+mod streams;
+
+use anyhow::{Context, Result};
+use walnut_tests::{cri::Cri, ctr::Runtime, leak::Leak, requirement};
+
+fn tell(runtime: Runtime, story: fn(&Cri) -> Result<()>) -> Result<()> {
+    if requirement::containerd()?.is_none() {
+        return Ok(());
+    }
+    let leak = Leak::watch()?;
+    story(&Cri::with(runtime)?)?;
+    leak.nothing_left().context("after the story")
+}
+
+/// Each story, with each runtime.
+macro_rules! stories {
+    ($($module:ident::$story:ident),* $(,)?) => {
+        mod runc {
+            $(#[test]
+            fn $story() -> anyhow::Result<()> {
+                super::tell(super::Runtime::Runc, super::$module::$story)
+            })*
+        }
+        mod walnut {
+            $(#[test]
+            fn $story() -> anyhow::Result<()> {
+                super::tell(super::Runtime::Walnut, super::$module::$story)
+            })*
+        }
+    };
+}
+
+stories! {
+    pod::a_pod_and_its_containers,
+    pod::what_containers_may_do,
+    container::how_containers_live_and_end,
+    pod::processes_of_a_pod_that_shares_them,
+    streams::exec_attach_and_port_forward,
+    life::the_end_of_a_pod_with_all_in_it,
+    life::a_pod_is_removed_while_it_starts,
+    life::containerd_restarts_under_a_pod,
+    life::many_pods_at_once,
+}
