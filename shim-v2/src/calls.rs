@@ -182,11 +182,12 @@ impl Sandbox {
         Ok(response)
     }
 
-    /// Pids: the VMM stands for everything that runs in it.
+    /// Pids: the VMM stands for everything that runs in it, and for a container that has ended until it is deleted: a
+    /// containerd that comes back takes a shim without processes for a leak, and removes it with the exit status.
     pub(crate) fn pids(&self, id: &str) -> Result<api::PidsResponse, ShimError> {
         let init = &self.container(id)?.init;
         let mut response = api::PidsResponse::default();
-        if init.state().exit().is_none() {
+        if self.living().is_ok() {
             response.processes.push(ProcessInfo {
                 pid: init.pid(),
                 ..Default::default()

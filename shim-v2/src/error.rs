@@ -183,7 +183,8 @@ fn machine_code(error: &MachineError) -> Code {
         MachineError::Cgroup(crate::cgroup::CgroupError::Path(_)) => Code::INVALID_ARGUMENT,
         MachineError::Cgroup(crate::cgroup::CgroupError::NoHierarchy) => Code::FAILED_PRECONDITION,
         MachineError::Network(error) => match error {
-            NetworkError::HostNetwork(_) | NetworkError::Unmirrorable { .. } => Code::UNIMPLEMENTED,
+            NetworkError::HostNetwork(_) => Code::INVALID_ARGUMENT,
+            NetworkError::Unmirrorable { .. } => Code::UNIMPLEMENTED,
             NetworkError::Namespace { .. } | NetworkError::Redirected(_) => {
                 Code::FAILED_PRECONDITION
             }

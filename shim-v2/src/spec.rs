@@ -84,7 +84,8 @@ pub(crate) struct HostPart {
 pub(crate) enum SpecError {
     /// A namespace of the host.
     #[error(
-        "linux.namespaces: {kind} namespace {path:?} is not of this Pod, and a container in a VM can join no other"
+        "linux.namespaces: {} namespace {path:?} is not of this Pod, and a container in a VM can join no other",
+        word(*kind)
     )]
     HostNamespace {
         /// Its type.
@@ -94,7 +95,8 @@ pub(crate) enum SpecError {
     },
     /// No namespace where that means the host's.
     #[error(
-        "linux.namespaces has no {kind} namespace: the host's is out of reach of a container in a VM"
+        "linux.namespaces has no {} namespace: the host's is out of reach of a container in a VM",
+        word(*kind)
     )]
     SharesHost {
         /// The type that is missing.
@@ -136,6 +138,15 @@ pub(crate) enum SpecError {
     /// Without it there is nothing to run.
     #[error("{0} is missing")]
     Missing(&'static str),
+}
+
+/// The specification's word for a type; the crate shows the kernel's.
+fn word(kind: LinuxNamespaceType) -> String {
+    match kind {
+        LinuxNamespaceType::Network => "network".to_owned(),
+        LinuxNamespaceType::Mount => "mount".to_owned(),
+        other => other.to_string(),
+    }
 }
 
 /// What the sandbox needs from the configuration.

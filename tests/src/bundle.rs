@@ -73,6 +73,14 @@ impl Spec {
         }))
     }
 
+    /// With a network namespace, as containerd always asks for one, but for the host's network.
+    #[must_use]
+    pub fn networked(self) -> Self {
+        let kinds = ["pid", "ipc", "uts", "mount", "network"];
+        let namespaces = kinds.map(|kind| json!({ "type": kind }));
+        self.with("/linux/namespaces", json!(namespaces))
+    }
+
     /// Sets the value at a JSON pointer whose parent is there.
     #[must_use]
     pub fn with(mut self, pointer: &str, value: Value) -> Self {

@@ -97,6 +97,7 @@ fn run(
                 "poststop": hook("poststop", "exit 0"),
             }),
         )
+        .networked()
         .with(
             "/linux/cgroupsPath",
             json!(format!("/hooked-{}", std::process::id())),

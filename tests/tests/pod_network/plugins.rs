@@ -214,5 +214,6 @@ fn a_dead_shim_leaves_no_filter_behind() -> Result<()> {
         left,
     )?;
     drop(container);
+    drop(wires);
     leak.nothing_left()
 }

@@ -125,7 +125,7 @@ fn words(words: &[&str]) -> Vec<String> {
 }
 
 fn shell(script: &str) -> Spec {
-    Spec::new("rootfs", &["sh", "-c", script])
+    Spec::new("rootfs", &["sh", "-c", script]).networked()
 }
 
 /// A loop device over a file, until this value goes.
