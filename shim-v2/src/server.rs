@@ -23,6 +23,7 @@ use std::{
     fs::File,
     io::{self, Write as _},
     os::{fd::AsFd as _, unix::net::UnixListener as StdListener},
+    path::Path,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
@@ -84,6 +85,25 @@ fn prepare() -> anyhow::Result<StdListener> {
 async fn run(args: &Args, listener: StdListener) -> anyhow::Result<()> {
     let socket = socket_path(&args.address, &args.namespace, &args.id);
     let state = StateDir::new(&args.namespace, &args.id);
+    let served = serve_pod(args, listener, &socket, &state).await;
+    // Also where it could not serve: containerd calls no `delete` for a `start` that failed.
+    for result in [
+        remove_directory(&state),
+        absent_is_fine(std::fs::remove_file(&socket)),
+    ] {
+        if let Err(error) = result {
+            log::error("removing the sandbox", &error);
+        }
+    }
+    served
+}
+
+async fn serve_pod(
+    args: &Args,
+    listener: StdListener,
+    socket: &Path,
+    state: &StateDir,
+) -> anyhow::Result<()> {
     state
         .create()
         .with_context(|| format!("creating {:?}", state.path()))?;
@@ -123,14 +143,6 @@ async fn run(args: &Args, listener: StdListener) -> anyhow::Result<()> {
     let mut open = connections.subscribe();
     // A containerd that doesn't hang up is hung up on.
     let _ = timeout(HANG_UP_DEADLINE, open.wait_for(|open| *open == 0)).await;
-    for result in [
-        remove_directory(&state),
-        absent_is_fine(std::fs::remove_file(&socket)),
-    ] {
-        if let Err(error) = result {
-            log::error("removing the sandbox", &error);
-        }
-    }
     Ok(())
 }
 

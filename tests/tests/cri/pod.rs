@@ -398,7 +398,8 @@ pub(crate) fn processes_of_a_pod_that_shares_them(cri: &Cri) -> Result<()> {
     one.output("kill $(ps | awk '/[s]leep 4321/ { print $1 }')")?;
     ensure!(other.ended()?.0 == 143, "{:?}", other.status()?);
     // Orphans fall to the Pod's first process, not to the container's.
-    one.output("(sleep 300 &) ; sleep 1")?;
+    // Its streams are not the exec's, whose end would otherwise be waited for.
+    one.output("(sleep 300 > /dev/null 2>&1 &) ; sleep 1")?;
     let parent =
         one.output("awk '{ print $4 }' /proc/$(ps | awk '/[s]leep 300$/ { print $1 }')/stat")?;
     ensure!(parent == "1", "an orphan's parent is {parent}");
