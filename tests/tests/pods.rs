@@ -43,21 +43,12 @@ fn look(name: &str) -> String {
     )
 }
 
-#[test]
-fn the_sandbox_api_makes_a_pod_in_which_containers_come_and_go() -> Result<()> {
-    let Some(programs) = requirement::containerd()? else {
-        return Ok(());
-    };
-    let leak = Leak::watch()?;
-    let pod = Pod::new(programs, "sandbox")?;
-    let id = pod.id.as_str();
-    let address = pod.start(id)?;
-    let tasks = connect(&address)?;
-    let sandbox = Sandbox { tasks: &tasks, id };
-    let bundle = pod.bundle(id);
-
+/// Before its start a Pod answers what it is, and nothing else.
+fn not_started(pod: &Pod, sandbox: &Sandbox<'_>) -> Result<()> {
+    let id = sandbox.id;
     refused(sandbox.ping_sandbox(), Code::NOT_FOUND, &[id])?;
     refused(sandbox.start_sandbox(), Code::NOT_FOUND, &[id])?;
+    let bundle = pod.bundle(id);
     let other = sandbox.create_sandbox(&bundle, Some(("some.Other", Vec::new())));
     refused(other, Code::INVALID_ARGUMENT, &["some.Other"])?;
     let options = || Some((CONFIG_TYPE, CONFIG.to_vec()));
@@ -75,10 +66,12 @@ fn the_sandbox_api_makes_a_pod_in_which_containers_come_and_go() -> Result<()> {
         &["not started"],
     )?;
     pod.prepare("early", "true", namespaces(0, &[]), "container")?;
-    let early = tasks.create(&pod.request("early"));
+    let early = sandbox.tasks.create(&pod.request("early"));
     refused(early, Code::FAILED_PRECONDITION, &["not started"])?;
+    Ok(())
+}
 
-    let pid = sandbox.start_sandbox()?;
+fn is_running(sandbox: &Sandbox<'_>, pid: u32) -> Result<()> {
     ensure!(vmm(pid)?.is_some(), "{pid} is no VMM");
     refused(
         sandbox.start_sandbox(),
@@ -96,18 +89,11 @@ fn the_sandbox_api_makes_a_pod_in_which_containers_come_and_go() -> Result<()> {
         metrics.data.type_url == "io.containerd.cgroups.v2.Metrics",
         "{metrics:?}"
     );
-    let waiting = thread::spawn({
-        let (address, id) = (address.clone(), pod.id.clone());
-        move || -> Result<u32> {
-            let tasks = connect(&address)?;
-            Ok(Sandbox {
-                tasks: &tasks,
-                id: &id,
-            }
-            .wait_sandbox()?)
-        }
-    });
+    Ok(())
+}
 
+/// Four containers share namespaces with the Pod as each asks, and only so.
+fn share_what_they_are_to(pod: &Pod, tasks: &Tasks, pid: u32) -> Result<()> {
     let all = namespaces(pid, &["ipc", "uts", "pid", "network"]);
     let without_pid = namespaces(pid, &["ipc", "uts", "network"]);
     let alone = namespaces(pid, &["network"]);
@@ -123,11 +109,36 @@ fn the_sandbox_api_makes_a_pod_in_which_containers_come_and_go() -> Result<()> {
     pod.prepare("four", &look("four"), alone, "container")?;
     let mut seen = Vec::new();
     for name in ["one", "two", "three", "four"] {
-        pod.run(&tasks, name)?;
+        pod.run(tasks, name)?;
         let text = pod.read(&format!("{name}.seen"))?;
         seen.push(text.lines().map(str::to_owned).collect::<Vec<_>>());
     }
-    let [one, two, three, four] = &seen[..] else {
+    compare(&seen)?;
+    ensure!(pod.read("sysctl")? == "1234\n");
+    ensure!(
+        pod.exec(
+            tasks,
+            "two",
+            "cat /etc/hostname > /pod/name; ls /etc/resolv.conf"
+        )? == 0
+    );
+    ensure!(pod.read("name")? == "the-pod\n");
+    // One sees the other's processes where it should, and only there.
+    ensure!(
+        pod.exec(
+            tasks,
+            "two",
+            "ls /proc/1/root 2>/dev/null; cat /proc/1/cmdline > /pod/first; echo >> /pod/first"
+        )? == 0
+    );
+    ensure!(pod.read("first")?.starts_with("/walnut-pause"));
+    ended(tasks, "three", 0)?;
+    ended(tasks, "four", 0)?;
+    Ok(())
+}
+
+fn compare(seen: &[Vec<String>]) -> Result<()> {
+    let [one, two, three, four] = seen else {
         anyhow::bail!("{seen:?}");
     };
     ensure!(one[..3] == two[..3] && one[..2] == three[..2], "{seen:?}");
@@ -139,26 +150,61 @@ fn the_sandbox_api_makes_a_pod_in_which_containers_come_and_go() -> Result<()> {
     ensure!(one[3] == "the-pod" && two[3] == "the-pod", "{seen:?}");
     ensure!(two[5] == "shared" && three[5] == "shared", "{seen:?}");
     ensure!(four[5].is_empty(), "{seen:?}");
-    ensure!(pod.read("sysctl")? == "1234\n");
-    ensure!(
-        pod.exec(
-            &tasks,
-            "two",
-            "cat /etc/hostname > /pod/name; ls /etc/resolv.conf"
-        )? == 0
-    );
-    ensure!(pod.read("name")? == "the-pod\n");
-    // One sees the other's processes where it should, and only there.
-    ensure!(
-        pod.exec(
-            &tasks,
-            "two",
-            "ls /proc/1/root 2>/dev/null; cat /proc/1/cmdline > /pod/first; echo >> /pod/first"
-        )? == 0
-    );
-    ensure!(pod.read("first")?.starts_with("/walnut-pause"));
-    ended(&tasks, "three", 0)?;
-    ended(&tasks, "four", 0)?;
+    Ok(())
+}
+
+/// Whoever names another's namespace, or none, gets none.
+fn foreign_namespaces(pod: &Pod, tasks: &Tasks) -> Result<()> {
+    for (list, named) in [
+        (
+            json!([{"type": "mount"}, {"type": "network"}, {"type": "pid"}, {"type": "ipc", "path": "/proc/1/ns/ipc"}]),
+            "/proc/1/ns/ipc",
+        ),
+        (
+            json!([{"type": "mount"}, {"type": "network"}, {"type": "pid"}]),
+            "no ipc namespace",
+        ),
+        (
+            json!([{"type": "mount"}, {"type": "network"}, {"type": "ipc"}]),
+            "no pid namespace",
+        ),
+    ] {
+        pod.prepare("foreign", "true", list, "container")?;
+        let answer = tasks.create(&pod.request("foreign"));
+        refused(answer, Code::INVALID_ARGUMENT, &[named])?;
+    }
+    Ok(())
+}
+
+#[test]
+fn the_sandbox_api_makes_a_pod_in_which_containers_come_and_go() -> Result<()> {
+    let Some(programs) = requirement::containerd()? else {
+        return Ok(());
+    };
+    let leak = Leak::watch()?;
+    let pod = Pod::new(programs, "sandbox")?;
+    let id = pod.id.as_str();
+    let address = pod.start(id)?;
+    let tasks = connect(&address)?;
+    let sandbox = Sandbox { tasks: &tasks, id };
+
+    not_started(&pod, &sandbox)?;
+
+    let pid = sandbox.start_sandbox()?;
+    is_running(&sandbox, pid)?;
+    let waiting = thread::spawn({
+        let (address, id) = (address.clone(), pod.id.clone());
+        move || -> Result<u32> {
+            let tasks = connect(&address)?;
+            Ok(Sandbox {
+                tasks: &tasks,
+                id: &id,
+            }
+            .wait_sandbox()?)
+        }
+    });
+
+    share_what_they_are_to(&pod, &tasks, pid)?;
 
     // A container is killed, is made again, and touches no other.
     tasks.kill("one", "", 9, false)?;
@@ -241,25 +287,7 @@ fn a_pause_container_holds_its_pod_and_ends_it() -> Result<()> {
     let tasks = connect(&result.address)?;
     let pid = pod.run(&tasks, id)?;
 
-    // Whoever names another's namespace, or none, gets none.
-    for (list, named) in [
-        (
-            json!([{"type": "mount"}, {"type": "network"}, {"type": "pid"}, {"type": "ipc", "path": "/proc/1/ns/ipc"}]),
-            "/proc/1/ns/ipc",
-        ),
-        (
-            json!([{"type": "mount"}, {"type": "network"}, {"type": "pid"}]),
-            "no ipc namespace",
-        ),
-        (
-            json!([{"type": "mount"}, {"type": "network"}, {"type": "ipc"}]),
-            "no pid namespace",
-        ),
-    ] {
-        pod.prepare("foreign", "true", list, "container")?;
-        let answer = tasks.create(&pod.request("foreign"));
-        refused(answer, Code::INVALID_ARGUMENT, &[named])?;
-    }
+    foreign_namespaces(&pod, &tasks)?;
     let shared = namespaces(pid, &["ipc", "uts", "network"]);
     for round in ["first", "second"] {
         pod.prepare(

@@ -152,7 +152,7 @@ fn echoed_by(server: &str) -> Result<()> {
     let stream = deadline::until(server, Deadline::after(deadline::REQUEST), connect)?;
     stream.set_read_timeout(Some(deadline::REQUEST))?;
     let sent: Vec<u8> = (0..MIB / 4)
-        .flat_map(|at| (at as u32).to_le_bytes())
+        .flat_map(|at| u32::try_from(at).unwrap_or_default().to_le_bytes())
         .collect();
     let mut writer = stream.try_clone()?;
     let to_send = sent.clone();
@@ -179,7 +179,7 @@ fn datagram_echoed_by(server: &str, bytes: usize) -> Result<()> {
         "0.0.0.0:0"
     })?;
     socket.set_read_timeout(Some(std::time::Duration::from_secs(5)))?;
-    let sent: Vec<u8> = (0..bytes).map(|at| (at % 251) as u8).collect();
+    let sent: Vec<u8> = (0..=250).cycle().take(bytes).collect();
     let mut received = vec![0; 65536];
     let echo = || {
         socket.send_to(&sent, server)?;
