@@ -19,7 +19,7 @@ fn tell(runtime: Runtime, story: fn(&Cri) -> Result<()>) -> Result<()> {
 
 /// Each story, with each runtime; those of `walnut` with Walnut alone.
 macro_rules! stories {
-    (both: [$($module:ident::$story:ident),* $(,)?], walnut: [$($ours:ident::$own:ident),* $(,)?]) => {
+    (both: [$($module:ident::$story:ident),* $(,)?], walnut: [$($ours:ident::$own:ident),* $(,)?] $(,)?) => {
         mod runc {
             $(#[test]
             fn $story() -> anyhow::Result<()> {
