@@ -92,6 +92,7 @@ where
         tasks: Arc::clone(&tasks),
         volumes: Arc::clone(&volumes),
         syscalls,
+        streams: streams.clone(),
         end: Arc::clone(&end),
     };
     let connections = watch::Sender::new(());

@@ -96,6 +96,13 @@ pub(crate) enum AgentError {
     },
 }
 
+impl AgentError {
+    /// Whether the agent refuses for this reason.
+    pub(crate) fn is_of_code(&self, reason: Code) -> bool {
+        matches!(self, Self::Refused { code, .. } if *code == reason)
+    }
+}
+
 /// The names by which a process of the guest finds its stdio; empty is `/dev/null`.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct StreamNames {

@@ -35,6 +35,7 @@ mod pod;
 mod pod_config;
 mod pod_files;
 mod pod_metrics;
+mod port_forward;
 mod process_file;
 mod runtime_options;
 mod sandbox;

@@ -58,6 +58,13 @@ pub(crate) fn configuration(request: &CreateSandboxRequest) -> Result<PodConfig,
     })
 }
 
+/// What containerd gives a Pod with a pause container unless it is told otherwise (`enable_unprivileged_ports`,
+/// `enable_unprivileged_icmp`); how it is configured is not told to a shim.
+const USUAL_SYSCTLS: [(&str, &str); 2] = [
+    ("net.ipv4.ip_unprivileged_port_start", "0"),
+    ("net.ipv4.ping_group_range", "0 2147483647"),
+];
+
 fn resolv(config: &Fields) -> Result<Option<String>, PodConfigError> {
     if config.all(4).next().is_none() {
         return Ok(None);
@@ -109,6 +116,10 @@ fn pause(request: &CreateSandboxRequest, config: &Fields) -> Result<Spec, PodCon
     if modes.number(1) != NODE {
         namespaces.push(json!({ "type": "network", "path": request.netns_path }));
     }
+    let mut sysctls = linux.map(3)?;
+    for (name, value) in USUAL_SYSCTLS {
+        sysctls.entry(name).or_insert_with(|| json!(value));
+    }
     let spec = json!({
         "ociVersion": "1.2.0",
         "hostname": if modes.number(1) == NODE { String::new() } else { config.text(2) },
@@ -125,7 +136,7 @@ fn pause(request: &CreateSandboxRequest, config: &Fields) -> Result<Spec, PodCon
         "linux": {
             "cgroupsPath": cgroups_path(&linux.text(1), &request.sandbox_id),
             "namespaces": namespaces,
-            "sysctl": linux.map(3)?,
+            "sysctl": sysctls,
         },
     });
     Ok(serde_json::from_value(spec)?)
@@ -210,7 +221,9 @@ mod tests {
         let spec = serde_json::to_value(spec).unwrap();
         assert_eq!(spec["hostname"], "web-0");
         assert_eq!(spec["linux"]["cgroupsPath"], "/kubepods/pod-1/pod");
-        assert_eq!(spec["linux"]["sysctl"]["net.core.somaxconn"], "512");
+        let sysctls = &spec["linux"]["sysctl"];
+        assert_eq!(sysctls["net.core.somaxconn"], "512");
+        assert_eq!(sysctls["net.ipv4.ip_unprivileged_port_start"], "0");
         let annotations = &spec["annotations"];
         assert_eq!(annotations["io.kubernetes.cri.sandbox-cpu-quota"], "50000");
         assert_eq!(annotations["io.kubernetes.cri.sandbox-memory"], "1048576");

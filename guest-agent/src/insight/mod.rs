@@ -6,12 +6,7 @@
 
 mod program;
 
-use crate::{
-    bpf::kernel::{
-        self, Map, MapKind, MapShape, NO_PREALLOCATION, ProgramKind, attach_to_tracepoint,
-    },
-    cgroup::{CgroupError, Hierarchy},
-};
+use crate::cgroup::{CgroupError, Hierarchy};
 use std::{
     collections::HashMap,
     fs, io,
@@ -20,6 +15,9 @@ use std::{
     time::Duration,
 };
 use tokio::time::{Instant, sleep_until};
+use walnut_bpf::kernel::{
+    self, Map, MapKind, MapShape, NO_PREALLOCATION, ProgramKind, attach_to_tracepoint,
+};
 
 /// Threads whose calls can be in progress at once; more, and the call that has lasted longest isn't counted.
 const MAX_THREADS: u32 = 8192;
