@@ -15,6 +15,7 @@
 //! waited for.
 
 use crate::{
+    apparmor::Policy,
     args::is_name,
     container::{Container, Exit, Process},
     error::ShimError,
@@ -160,6 +161,7 @@ impl Sandbox {
             devices,
         } = spec::translate(host_spec, &request.id, pod)?;
         check_volumes(&volumes)?;
+        let policy = Policy::of(guest.process().as_ref())?;
         let machine = self.machine(&part).await?;
         let needs = Needs {
             container_id: request.id.clone(),
@@ -177,6 +179,7 @@ impl Sandbox {
         let stdio = self.stdio(request);
         let created = async {
             hooks.creating(machine.pid()).await?;
+            machine.ask(Policy::load(policy, machine.agent())).await?;
             create_in_guest(&machine, request, &guest, stdio).await
         };
         match created.await {
