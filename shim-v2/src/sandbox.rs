@@ -151,15 +151,11 @@ impl Sandbox {
         let part = spec::host_part(&host_spec)?;
         let root = spec::host_root(&host_spec, &bundle);
         let is_sandbox = pod::is_sandbox(&host_spec);
-        let pod = Pod {
-            id: &self.id,
-            pid: self.running().map(|machine| machine.pid()),
-        };
         let Translation {
             mut guest,
             volumes,
             devices,
-        } = spec::translate(host_spec, &request.id, pod)?;
+        } = spec::translate(host_spec, &request.id, self.pod())?;
         check_volumes(&volumes)?;
         let policy = Policy::of(guest.process().as_ref())?;
         let machine = self.machine(&part).await?;
@@ -199,6 +195,13 @@ impl Sandbox {
                 hooks.stopped().await;
                 Err(error)
             }
+        }
+    }
+
+    fn pod(&self) -> Pod<'_> {
+        Pod {
+            id: &self.id,
+            pid: self.running().map(|machine| machine.pid()),
         }
     }
 

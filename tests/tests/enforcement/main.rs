@@ -1,6 +1,8 @@
 //! What a container may not do, the guest's kernel forbids: filters of system calls, AppArmor, limits; and
 //! nothing that a container does to itself takes the agent from the others.
 
+mod exhaustion;
+
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -21,9 +23,9 @@ use walnut_vmm_api::VmmExit;
 
 /// What `ctr run --seccomp` writes.
 const CONTAINERDS: &str =
-    include_str!("../../guest-agent/src/container/testdata/seccomp-containerd.json");
+    include_str!("../../../guest-agent/src/container/testdata/seccomp-containerd.json");
 /// A profile that the guest's image does not have, compiled; its text is beside it.
-const POLICY: &[u8] = include_bytes!("../apparmor/walnut-deny-write");
+const POLICY: &[u8] = include_bytes!("../../apparmor/walnut-deny-write");
 /// A process that a signal ended.
 const SIGNALLED: u32 = 128;
 const SIGSYS: u32 = 31;
@@ -47,9 +49,12 @@ fn a_container_is_held_to_what_it_was_given() -> Result<()> {
             ("the host gives profiles of its own", own_profiles),
             ("root has no power over the guest", isolation),
             ("programs end as they say", ends),
-            ("memory runs out for who uses it", memory),
-            ("processes and tmpfs run out for who uses them", exhaustion),
-            ("files run out for who opens them", files),
+            ("memory runs out for who uses it", exhaustion::memory),
+            (
+                "processes and tmpfs run out for who uses them",
+                exhaustion::processes,
+            ),
+            ("files run out for who opens them", exhaustion::files),
         ],
     )?;
     guest.agent.shutdown().context("shutdown")?;
@@ -276,31 +281,6 @@ fn isolation(guest: &mut Guest) -> Result<()> {
     Ok(())
 }
 
-/// A little less than the guest has, which is more than its containers may have.
-const GLUTTON: &str = "n=$(busybox awk '/MemTotal/ { print $2 * 1000 }' /proc/meminfo)
-    dd if=/dev/zero bs=1M count=$((n / 1048576)) 2>/dev/null | tail -c $n > /dev/null";
-
-fn memory(guest: &mut Guest) -> Result<()> {
-    let neighbour = guest.stay()?;
-    let id = guest.name();
-    // No limit of its own.
-    let spec = guest.spec(&id, &["sh", "-c", GLUTTON]);
-    guest.agent.create(&id, spec.to_json(), &Stdio::default())?;
-    guest.agent.tasks.start(&id, "")?;
-    let kills = guest.agent.out_of_memory(&id, 0)?;
-    ensure!(kills >= 1, "{kills}");
-    ensure!(guest.agent.tasks.wait(&id, "")? == 137, "no 137");
-    guest.agent.tasks.delete(&id, "")?;
-    refused(
-        guest.agent.out_of_memory(&id, kills),
-        Code::NOT_FOUND,
-        &[&id],
-    )?;
-    prints(guest, |spec| spec, "echo well", "well\n")?;
-    ensure!(guest.remove(&neighbour)? == 137);
-    Ok(())
-}
-
 /// What runc's users know of programs that are none, and of first processes that leave others behind.
 fn ends(guest: &mut Guest) -> Result<()> {
     let script = "printf 'echo no interpreter\\n' > /bin/plain; busybox chmod 755 /bin/plain";
@@ -322,59 +302,6 @@ fn ends(guest: &mut Guest) -> Result<()> {
     let outcome = guest.run(|spec| spec, "kill -SEGV $$; exec busybox kill -SEGV 1", b"")?;
     // PID 1 of a namespace is spared.
     ensure!(outcome.status == 0, "{outcome:?}");
-    Ok(())
-}
-
-fn exhaustion(guest: &mut Guest) -> Result<()> {
-    let limits = json!({ "pids": { "limit": 40 }, "memory": { "limit": 64 << 20 } });
-    let limited = |spec: Spec| spec.with("/linux/resources", limits.clone());
-    let bomb = "f() { f | f & }; f; exec sleep 1";
-    guest.run(limited, bomb, b"")?;
-    prints(guest, |spec| spec, "echo well", "well\n")?;
-    let fill = "dd if=/dev/zero of=/dev/shm/full bs=1M count=200 2>/dev/null; echo $?";
-    let outcome = guest.run(limited, fill, b"")?;
-    ensure!(outcome.text() != "0\n", "{outcome:?}");
-    prints(guest, |spec| spec, "echo well", "well\n")
-}
-
-/// More open files than a guest of this size lets there be by itself, kept open.
-const MANY: &str = "echo > /dev/shm/file
-    busybox tail -q -f -s 100000 $(busybox yes /dev/shm/file | head -n 20000) > /dev/null 2> /dev/shm/errors &
-    until [ -s /dev/shm/errors ] || [ $(busybox awk '{ print $1 }' /proc/sys/fs/file-nr) -ge 20000 ]; do
-        busybox sleep 0.2
-    done
-    head -n 1 /dev/shm/errors; echo open; wait";
-
-fn files(guest: &mut Guest) -> Result<()> {
-    let few = json!([{ "type": "RLIMIT_NOFILE", "soft": 20, "hard": 20 }]);
-    let limited = |spec: Spec| spec.with("/process/rlimits", few);
-    let script = "(i=3; while eval \"exec $i< /etc/plain\"; do i=$((i + 1)); done) 2>&1 |
-        busybox grep -o 'Too many open files'; echo $?";
-    prints(guest, limited, script, "Too many open files\n0\n")?;
-
-    let id = guest.name();
-    let many = json!([{ "type": "RLIMIT_NOFILE", "soft": 30000, "hard": 30000 }]);
-    let spec = guest
-        .spec(&id, &["sh", "-c", MANY])
-        .with("/process/rlimits", many);
-    let (name, mut stream) = guest.agent.open_stream()?;
-    let stdio = Stdio {
-        stdout: name,
-        ..Stdio::default()
-    };
-    guest.agent.create(&id, spec.to_json(), &stdio)?;
-    guest.agent.tasks.start(&id, "")?;
-    let said = String::from_utf8_lossy(&stream.read_some(5)?).into_owned();
-    ensure!(said == "open\n", "{said:?}");
-    prints(guest, |spec| spec, "echo well", "well\n")?;
-    let added = process(&["cat", "/etc/plain"]);
-    guest
-        .agent
-        .tasks
-        .exec(&id, "added", &added, &Stdio::default())?;
-    guest.agent.tasks.start(&id, "added")?;
-    ensure!(guest.agent.tasks.wait(&id, "added")? == 0);
-    ensure!(guest.remove(&id)? == 137, "no 137");
     Ok(())
 }
 
