@@ -134,7 +134,7 @@ fn threads_run_out_for_containers_alone() -> Result<()> {
     })?;
     // The agent makes a thread of its own for what it needs, says what there is none for, and can end it all.
     let output = beside(BUSYBOX).command(&["true"]).finish()?;
-    let words = "esource temporarily unavailable";
+    let words = "in the container's cgroup: try again";
     ensure!(output.stderr.contains(words), "{output:?}");
     glutton.kill("SIGKILL")?;
     glutton.wait_for("STOPPED")?;
