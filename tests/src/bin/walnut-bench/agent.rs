@@ -41,14 +41,14 @@ const SAMPLES: usize = 5;
 /// Bytes that are copied one by one, by a call to read and one to write.
 const BYTES: u32 = 200_000;
 
-/// Says the agent's size and memory again and again, beside it. The shell gives what it leaves behind a `/dev/null`.
+/// Says the agent's size and memory again and again, beside it: in the first root, which the agent leaves, and so with
+/// a `/proc` of its own. A shell that leaves something behind wants a `/dev/null`.
 const WATCH: &str = "
     mknod /dev/null c 1 3
+    mkdir /watch; mount -t proc proc /watch
     (
-        until [ -e /proc/1/smaps_rollup ]; do sleep 0.1; done
-        while true; do
-            echo agent-is $(stat -c %s /init) $(awk '/^Rss/ { print $2 } /^Pss:/ { print $2 }' /proc/1/smaps_rollup)
-            sleep 1
+        while sleep 1; do
+            echo agent-is $(stat -c %s /init) $(awk '/^Rss/ { print $2 } /^Pss:/ { print $2 }' /watch/1/smaps_rollup)
         done
     ) &
     exec /init";
