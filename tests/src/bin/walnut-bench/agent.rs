@@ -39,7 +39,7 @@ const CONTAINERS: u32 = 100;
 /// Containers that are made one after another in each run.
 const SAMPLES: usize = 5;
 /// Bytes that are copied one by one, by a call to read and one to write.
-const BYTES: u32 = 200_000;
+const BYTES: u32 = 1_000_000;
 
 /// Says the agent's size and memory again and again, beside it: in the first root, which the agent leaves, and so with
 /// a `/proc` of its own. A shell that leaves something behind wants a `/dev/null`.
@@ -275,13 +275,16 @@ impl Pod {
             ..Stdio::default()
         };
         let count = format!("count={BYTES}");
-        let args = ["dd", "if=/dev/zero", "of=/dev/null", "bs=1", &count];
-        let (id, _) = self.add(&args, filter, &stdio)?;
+        let dd = ["dd", "if=/dev/zero", "of=/dev/null", "bs=1", &count];
+        let (id, _) = self.add(
+            &[&["busybox", "time", "-p"], &dd[..]].concat(),
+            filter,
+            &stdio,
+        )?;
         ensure!(self.tasks.wait(&id, "")? == 0, "dd failed");
         let said = said.join().ok().context("a reader panicked")??;
-        // "200000 bytes (195.3KB) copied, 0.095811 seconds, 2.0MB/s"
-        let (before, _) = said.split_once(" seconds").context("no seconds")?;
-        let (_, seconds) = before.rsplit_once(' ').context("no number")?;
+        let (_, after) = said.split_once("real ").context("no time")?;
+        let seconds = after.split_whitespace().next().context("no seconds")?;
         let seconds: f64 = seconds.parse().with_context(|| format!("in {said:?}"))?;
         Ok(seconds * 1e9 / f64::from(2 * BYTES))
     }
