@@ -269,18 +269,13 @@ impl Pod {
     /// Nanoseconds of a system call that does next to nothing, by a program that makes many.
     fn call_ns(&mut self, filter: Option<&Value>) -> Result<f64> {
         let name = format!("calls-{}", self.names);
-        let (stderr, said) = self.said(&name)?;
+        let (stdout, said) = self.said(&name)?;
         let stdio = Stdio {
-            stderr,
+            stdout,
             ..Stdio::default()
         };
-        let count = format!("count={BYTES}");
-        let dd = ["dd", "if=/dev/zero", "of=/dev/null", "bs=1", &count];
-        let (id, _) = self.add(
-            &[&["busybox", "time", "-p"], &dd[..]].concat(),
-            filter,
-            &stdio,
-        )?;
+        let dd = format!("busybox time -p dd if=/dev/zero of=/dev/null bs=1 count={BYTES} 2>&1");
+        let (id, _) = self.add(&["sh", "-c", &dd], filter, &stdio)?;
         ensure!(self.tasks.wait(&id, "")? == 0, "dd failed");
         let said = said.join().ok().context("a reader panicked")??;
         let (_, after) = said.split_once("real ").context("no time")?;
