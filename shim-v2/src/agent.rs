@@ -273,6 +273,14 @@ impl Agent {
         Ok(())
     }
 
+    /// How many processes a container has.
+    pub(crate) async fn pids(&self, request: &api::PidsRequest) -> Result<usize, AgentError> {
+        let answer = call("Pids", CALL_DEADLINE, |context| {
+            self.task.pids(context, request)
+        });
+        Ok(answer.await?.processes.len())
+    }
+
     /// Thaws a container.
     pub(crate) async fn resume(&self, request: &api::ResumeRequest) -> Result<(), AgentError> {
         call("Resume", CALL_DEADLINE, |context| {

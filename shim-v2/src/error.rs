@@ -5,8 +5,8 @@
 use crate::{
     agent::AgentError, apparmor::ProfileError, blocks::BlocksError, config::ConfigError,
     hooks::HookError, io::IoError, machine::MachineError, network::NetworkError,
-    pod_config::PodConfigError, size::SizeError, spec::SpecError, storage::StorageError,
-    vm::VmError,
+    pod_config::PodConfigError, runtime_options::OptionsError, size::SizeError, spec::SpecError,
+    storage::StorageError, vm::VmError,
 };
 use std::{error::Error, path::PathBuf};
 use ttrpc::Code;
@@ -107,6 +107,9 @@ pub(crate) enum ShimError {
     /// The Pod's configuration.
     #[error(transparent)]
     PodConfig(#[from] PodConfigError),
+    /// Options of the runtime.
+    #[error(transparent)]
+    Options(#[from] OptionsError),
     /// Stdio.
     #[error(transparent)]
     Io(#[from] IoError),
@@ -149,10 +152,12 @@ impl ShimError {
             Self::Exists { .. } => Code::ALREADY_EXISTS,
             Self::State { .. } => Code::FAILED_PRECONDITION,
             Self::Unsupported(_) => Code::UNIMPLEMENTED,
-            Self::Name { .. } | Self::Json { .. } | Self::Spec(_) | Self::PodConfig(_) => {
-                Code::INVALID_ARGUMENT
-            }
-            Self::Profile(ProfileError::Missing { .. } | ProfileError::Long { .. }) => {
+            Self::Name { .. }
+            | Self::Json { .. }
+            | Self::Spec(_)
+            | Self::PodConfig(_)
+            | Self::Options(_)
+            | Self::Profile(ProfileError::Missing { .. } | ProfileError::Long { .. }) => {
                 Code::INVALID_ARGUMENT
             }
             Self::Profile(ProfileError::Read { .. }) => Code::FAILED_PRECONDITION,

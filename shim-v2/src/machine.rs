@@ -124,7 +124,7 @@ impl Machine {
         fallback_cgroup: &Path,
         part: &HostPart,
     ) -> Result<Self, MachineError> {
-        let config = Config::load()?;
+        let config = Config::load(&part.config)?;
         let bounds = bounds(&config)?;
         let host = HostResources::acquire(state, fallback_cgroup, part, bounds.vcpus)?;
         let started_at = SystemTime::now();

@@ -5,13 +5,11 @@
 //! `k8s.io/cri-api`, read here by its field numbers) becomes what the CRI would have put into the OCI
 //! configuration of its own pause container, and so everything else treats both modes alike. Pure.
 
+use crate::fields::Fields;
 use containerd_shim_protos::sandbox_api::CreateSandboxRequest;
 use oci_spec::runtime::Spec;
-use protobuf::{
-    Message as _, UnknownValueRef,
-    well_known_types::{any::Any, empty::Empty},
-};
-use serde_json::{Map, Value, json};
+use protobuf::well_known_types::any::Any;
+use serde_json::json;
 use std::path::Path;
 use walnut_agent_api::{AGENT_PROGRAM, PAUSE_PROGRAM, PAUSE_ROOT};
 
@@ -40,60 +38,6 @@ pub(crate) enum PodConfigError {
     /// What came out of it.
     #[error("the Pod's configuration is not an OCI configuration")]
     Json(#[from] serde_json::Error),
-}
-
-/// A message whose fields have numbers and no names.
-#[derive(Default)]
-struct Fields(Empty);
-
-impl Fields {
-    fn parse(bytes: &[u8]) -> Result<Self, PodConfigError> {
-        Ok(Self(Empty::parse_from_bytes(bytes)?))
-    }
-
-    /// The values of a field, in order.
-    fn all(&self, number: u32) -> impl Iterator<Item = UnknownValueRef<'_>> {
-        let fields = self.0.special_fields.unknown_fields().iter();
-        fields.filter_map(move |(found, value)| (found == number).then_some(value))
-    }
-
-    fn number(&self, number: u32) -> u64 {
-        match self.all(number).last() {
-            Some(UnknownValueRef::Varint(value)) => value,
-            _ => 0,
-        }
-    }
-
-    fn texts(&self, number: u32) -> impl Iterator<Item = String> {
-        self.all(number).filter_map(|value| match value {
-            UnknownValueRef::LengthDelimited(bytes) => {
-                Some(String::from_utf8_lossy(bytes).into_owned())
-            }
-            _ => None,
-        })
-    }
-
-    fn text(&self, number: u32) -> String {
-        self.texts(number).last().unwrap_or_default()
-    }
-
-    fn message(&self, number: u32) -> Result<Self, PodConfigError> {
-        match self.all(number).last() {
-            Some(UnknownValueRef::LengthDelimited(bytes)) => Self::parse(bytes),
-            _ => Ok(Self::default()),
-        }
-    }
-
-    fn map(&self, number: u32) -> Result<Map<String, Value>, PodConfigError> {
-        let mut map = Map::new();
-        for entry in self.all(number) {
-            if let UnknownValueRef::LengthDelimited(bytes) = entry {
-                let entry = Self::parse(bytes)?;
-                map.insert(entry.text(1), Value::String(entry.text(2)));
-            }
-        }
-        Ok(map)
-    }
 }
 
 /// A Pod, as its containers need it.
@@ -192,7 +136,7 @@ fn sandbox_config(options: Option<&Any>) -> Result<Fields, PodConfigError> {
         return Ok(Fields::default());
     };
     match options.type_url.rsplit(['.', '/']).next() {
-        Some("PodSandboxConfig") => Fields::parse(&options.value),
+        Some("PodSandboxConfig") => Ok(Fields::parse(&options.value)?),
         _ => Err(PodConfigError::Type(options.type_url.clone())),
     }
 }

@@ -17,6 +17,7 @@
 use crate::{
     apparmor::Policy,
     args::is_name,
+    cgroup,
     container::{Container, Exit, Process},
     error::ShimError,
     events::Events,
@@ -24,10 +25,11 @@ use crate::{
     hooks::HostHooks,
     io::{Stdio, Streams},
     log,
-    machine::Machine,
+    machine::{Machine, MachineError},
     out_of_memory,
     pod::{self, Pod},
     pod_files,
+    runtime_options::RuntimeOptions,
     sandbox_api::Stage,
     slots::{SlotError, Slots},
     spec::{self, HostPart, Translation},
@@ -148,7 +150,12 @@ impl Sandbox {
             stage => return Err(state_error("use sandbox", &self.id, stage.name())),
         }
         let hooks = HostHooks::take(&mut host_spec, &request.id, &bundle);
-        let part = spec::host_part(&host_spec)?;
+        let options = RuntimeOptions::read(request.options.as_ref())?;
+        let mut part = spec::host_part(&host_spec)?;
+        part.config = options.config;
+        if let (Some(path), None) = (&options.shim_cgroup, self.running()) {
+            cgroup::enter(path).map_err(MachineError::from)?;
+        }
         let root = spec::host_root(&host_spec, &bundle);
         let is_sandbox = pod::is_sandbox(&host_spec);
         let Translation {
