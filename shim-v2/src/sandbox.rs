@@ -186,15 +186,7 @@ impl Sandbox {
             create_in_guest(&machine, request, &guest, stdio).await
         };
         match created.await {
-            Ok(init) => {
-                let container = Container {
-                    bundle,
-                    hooks,
-                    init: Arc::new(init),
-                    execs: Slots::default(),
-                };
-                Ok((machine, container, is_sandbox))
-            }
+            Ok(init) => Ok((machine, Container::new(bundle, hooks, init), is_sandbox)),
             Err(error) => {
                 if let Err(undo) = machine.withdraw(&request.id).await {
                     log::error("undoing a failed Create", &undo);
