@@ -41,7 +41,7 @@ impl From<TaskError> for ttrpc::Error {
             | TaskError::Namespace { .. }
             | TaskError::Contradiction(_)
             | TaskError::Spec(_)
-            | TaskError::AppArmor(AppArmorError::Unknown { .. })
+            | TaskError::AppArmor(AppArmorError::Unknown { .. } | AppArmorError::Policy { .. })
             | TaskError::Resources(_)
             | TaskError::DeviceRules(_)
             | TaskError::Stdio(StdioError::Name { .. }) => Code::INVALID_ARGUMENT,

@@ -4,6 +4,7 @@
 //! understood as far as nothing but the bytes is needed.
 
 use crate::{
+    apparmor,
     cgroup::{devices, resources},
     container::{
         refuse::{parse_process, parse_resources, parse_spec},
@@ -16,7 +17,7 @@ use walnut_agent_api::{
         CreateTaskRequest, DeleteRequest, ExecProcessRequest, KillRequest, ResizePtyRequest,
         UpdateTaskRequest, WaitRequest,
     },
-    guest::{SetupRequest, WaitOutOfMemoryRequest},
+    guest::{LoadProfileRequest, SetupRequest, WaitOutOfMemoryRequest},
 };
 
 /// A name, and what is done with the fuzzer's bytes.
@@ -58,6 +59,9 @@ pub fn request(data: &[u8]) {
     }
     if let Ok(request) = UpdateTaskRequest::parse_from_bytes(data) {
         configuration(&request.resources.value);
+    }
+    if let Ok(request) = LoadProfileRequest::parse_from_bytes(data) {
+        let _ = apparmor::check_policy(&request.name, &request.policy);
     }
     let _ = DeleteRequest::parse_from_bytes(data);
     let _ = KillRequest::parse_from_bytes(data);

@@ -39,6 +39,8 @@ pub struct AgentConfig {
     pub program: PathBuf,
     /// Root of a cgroup v2 hierarchy that is the agent's alone.
     pub cgroup_root: PathBuf,
+    /// From the program's start until it listened.
+    pub boot_time: Duration,
 }
 
 /// Why the agent cannot serve.
@@ -93,6 +95,7 @@ where
         volumes: Arc::clone(&volumes),
         syscalls,
         streams: streams.clone(),
+        boot_time: config.boot_time,
         end: Arc::clone(&end),
     };
     let connections = watch::Sender::new(());

@@ -15,7 +15,10 @@ use async_trait::async_trait;
 use protobuf::{
     Message, MessageField, well_known_types::any::Any, well_known_types::timestamp::Timestamp,
 };
-use std::{sync::Arc, time::UNIX_EPOCH};
+use std::{
+    sync::Arc,
+    time::{Duration, UNIX_EPOCH},
+};
 use tokio::sync::Notify;
 use ttrpc::{Result, asynchronous::TtrpcContext};
 use walnut_agent_api::{
@@ -217,6 +220,8 @@ pub(crate) struct GuestService {
     pub(crate) volumes: Arc<Volumes>,
     pub(crate) syscalls: SyscallCounter,
     pub(crate) streams: Streams,
+    /// Of the agent, see `AgentConfig`.
+    pub(crate) boot_time: Duration,
     /// Told when the guest is to end.
     pub(crate) end: Arc<Notify>,
 }
@@ -231,6 +236,7 @@ impl guest_ttrpc::Guest for GuestService {
         let kernel_release = self.guest.set_up(&r)?;
         Ok(guest_api::SetupResponse {
             kernel_release,
+            boot_ns: u64::try_from(self.boot_time.as_nanos()).unwrap_or(u64::MAX),
             ..Default::default()
         })
     }
@@ -312,6 +318,15 @@ impl guest_ttrpc::Guest for GuestService {
     ) -> Result<guest_api::AnnounceChangesResponse> {
         self.volumes.announce(r.changes).await?;
         Ok(guest_api::AnnounceChangesResponse::new())
+    }
+
+    async fn load_profile(
+        &self,
+        _: &TtrpcContext,
+        r: guest_api::LoadProfileRequest,
+    ) -> Result<guest_api::LoadProfileResponse> {
+        self.tasks.load_profile(&r.name, &r.policy)?;
+        Ok(guest_api::LoadProfileResponse::new())
     }
 
     async fn shutdown(

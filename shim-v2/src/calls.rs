@@ -1,6 +1,7 @@
 //! Calls on containers and processes that exist.
 
 use crate::{
+    apparmor::Policy,
     args::is_name,
     container::{Container, Exit, Process, ProcessState},
     error::ShimError,
@@ -133,11 +134,12 @@ impl Sandbox {
         let json = request.spec.value.clone();
         // Read here so that what isn't a process fails with its place; passed on as it came.
         let checked: Result<oci_spec::runtime::Process, _> = serde_json::from_slice(&json);
-        checked.map_err(|source| ShimError::Json {
+        let process = checked.map_err(|source| ShimError::Json {
             what: "the process of exec",
             path: PathBuf::from(&request.exec_id),
             source,
         })?;
+        let policy = Policy::of(Some(&process))?;
         let stdio = Stdio {
             stdin: request.stdin.clone(),
             stdout: request.stdout.clone(),
@@ -147,6 +149,7 @@ impl Sandbox {
         };
         let machine = self.living()?;
         let agent = machine.agent();
+        machine.ask(Policy::load(policy, agent)).await?;
         let (streams, names) = machine.ask(Streams::open(agent, &stdio)).await?;
         machine
             .ask(agent.exec(&request.id, &request.exec_id, json, stdio.terminal, &names))

@@ -300,6 +300,16 @@ impl Process {
 }
 
 impl Container {
+    /// A container with its first process alone.
+    pub(crate) fn new(bundle: PathBuf, hooks: Arc<HostHooks>, init: Process) -> Self {
+        Self {
+            bundle,
+            hooks,
+            init: Arc::new(init),
+            execs: Slots::default(),
+        }
+    }
+
     /// The process that a request names; an empty name is the first process.
     pub(crate) fn process(&self, exec_id: &str) -> Option<Arc<Process>> {
         if exec_id.is_empty() {

@@ -3,10 +3,10 @@
 //! containerd maps the codes to its own errors (its `errdefs` package); its clients print the message.
 
 use crate::{
-    agent::AgentError, blocks::BlocksError, config::ConfigError, hooks::HookError, io::IoError,
-    machine::MachineError, network::NetworkError, pod_config::PodConfigError,
-    runtime_options::OptionsError, size::SizeError, spec::SpecError, storage::StorageError,
-    vm::VmError,
+    agent::AgentError, apparmor::ProfileError, blocks::BlocksError, config::ConfigError,
+    hooks::HookError, io::IoError, machine::MachineError, network::NetworkError,
+    pod_config::PodConfigError, runtime_options::OptionsError, size::SizeError, spec::SpecError,
+    storage::StorageError, vm::VmError,
 };
 use std::{error::Error, path::PathBuf};
 use ttrpc::Code;
@@ -98,6 +98,9 @@ pub(crate) enum ShimError {
     /// The container's configuration.
     #[error(transparent)]
     Spec(#[from] SpecError),
+    /// A profile of AppArmor.
+    #[error(transparent)]
+    Profile(#[from] ProfileError),
     /// A hook.
     #[error(transparent)]
     Hook(#[from] HookError),
@@ -127,6 +130,10 @@ impl ShimError {
         matches!(
             self,
             Self::Agent(AgentError::Broken { .. } | AgentError::Connect { .. })
+                | Self::Profile(ProfileError::Refused {
+                    source: AgentError::Broken { .. },
+                    ..
+                })
                 | Self::Io(IoError::Stream { .. })
         )
     }
@@ -149,14 +156,20 @@ impl ShimError {
             | Self::Json { .. }
             | Self::Spec(_)
             | Self::PodConfig(_)
-            | Self::Options(_) => Code::INVALID_ARGUMENT,
+            | Self::Options(_)
+            | Self::Profile(ProfileError::Missing { .. } | ProfileError::Long { .. }) => {
+                Code::INVALID_ARGUMENT
+            }
+            Self::Profile(ProfileError::Read { .. }) => Code::FAILED_PRECONDITION,
             Self::Bundle { .. } => Code::NOT_FOUND,
             Self::VmEnded(_) => Code::UNAVAILABLE,
             Self::Hook(HookError::Task(_)) => Code::INTERNAL,
             Self::Hook(_) => Code::FAILED_PRECONDITION,
             Self::Io(IoError::Scheme { .. }) => Code::UNIMPLEMENTED,
             Self::Io(IoError::Open { .. } | IoError::LogBinary(_)) => Code::INVALID_ARGUMENT,
-            Self::Io(IoError::Stream { source, .. }) | Self::Agent(source) => agent_code(source),
+            Self::Io(IoError::Stream { source, .. })
+            | Self::Profile(ProfileError::Refused { source, .. })
+            | Self::Agent(source) => agent_code(source),
             Self::Machine(error) => machine_code(error),
             Self::File { .. } | Self::Task(_) => Code::INTERNAL,
         }

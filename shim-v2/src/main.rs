@@ -5,6 +5,7 @@
 //! Nothing but the answer may reach standard output or standard error: containerd reads both as one.
 
 mod agent;
+mod apparmor;
 mod args;
 mod blocks;
 mod bootstrap;

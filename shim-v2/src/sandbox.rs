@@ -15,6 +15,7 @@
 //! waited for.
 
 use crate::{
+    apparmor::Policy,
     args::is_name,
     cgroup,
     container::{Container, Exit, Process},
@@ -153,16 +154,13 @@ impl Sandbox {
         part.config = self.take_options(request)?;
         let root = spec::host_root(&host_spec, &bundle);
         let is_sandbox = pod::is_sandbox(&host_spec);
-        let pod = Pod {
-            id: &self.id,
-            pid: self.running().map(|machine| machine.pid()),
-        };
         let Translation {
             mut guest,
             volumes,
             devices,
-        } = spec::translate(host_spec, &request.id, pod)?;
+        } = spec::translate(host_spec, &request.id, self.pod())?;
         check_volumes(&volumes)?;
+        let policy = Policy::of(guest.process().as_ref())?;
         let machine = self.machine(&part).await?;
         let needs = Needs {
             container_id: request.id.clone(),
@@ -179,18 +177,11 @@ impl Sandbox {
         spec::renumber(&mut guest, &devices, &numbers);
         let created = async {
             hooks.creating(machine.pid()).await?;
+            machine.ask(Policy::load(policy, machine.agent())).await?;
             create_in_guest(&machine, request, &guest, self.stdio(request)).await
         };
         match created.await {
-            Ok(init) => {
-                let container = Container {
-                    bundle,
-                    hooks,
-                    init: Arc::new(init),
-                    execs: Slots::default(),
-                };
-                Ok((machine, container, is_sandbox))
-            }
+            Ok(init) => Ok((machine, Container::new(bundle, hooks, init), is_sandbox)),
             Err(error) => {
                 if let Err(undo) = machine.withdraw(&request.id).await {
                     log::error("undoing a failed Create", &undo);
@@ -208,6 +199,13 @@ impl Sandbox {
             cgroup::enter(path).map_err(MachineError::from)?;
         }
         Ok(options.config)
+    }
+
+    fn pod(&self) -> Pod<'_> {
+        Pod {
+            id: &self.id,
+            pid: self.running().map(|machine| machine.pid()),
+        }
     }
 
     fn stdio(&self, request: &api::CreateTaskRequest) -> Stdio {

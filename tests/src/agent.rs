@@ -16,7 +16,9 @@ use std::{
 use walnut_agent_api::{
     AGENT_PORT, SPEC_TYPE_URL, STDIO_PORT, STREAM_ACCEPTED, StreamId,
     containerd::{api::CreateTaskRequest, ttrpc},
-    guest::{SetupRequest, SetupResponse, ShutdownRequest, WaitOutOfMemoryRequest},
+    guest::{
+        LoadProfileRequest, SetupRequest, SetupResponse, ShutdownRequest, WaitOutOfMemoryRequest,
+    },
     guest_ttrpc::GuestClient,
 };
 use walnut_vmm_api::{MAX_HANDSHAKE_BYTES, connect_line, parse_ok};
@@ -57,6 +59,21 @@ impl Agent {
         self.tasks.call(|client, context| async move {
             GuestClient::new(client).setup(context, &request).await
         })
+    }
+
+    /// `Guest.LoadProfile`.
+    pub fn load_profile(&self, name: &str, policy: &[u8]) -> ttrpc::Result<()> {
+        let request = LoadProfileRequest {
+            name: name.to_owned(),
+            policy: policy.to_owned(),
+            ..Default::default()
+        };
+        let answer = self.tasks.call(|client, context| async move {
+            GuestClient::new(client)
+                .load_profile(context, &request)
+                .await
+        });
+        answer.map(drop)
     }
 
     /// `Guest.Shutdown`.

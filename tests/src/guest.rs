@@ -39,7 +39,12 @@ pub struct Outcome {
 impl Guest {
     /// Boots a VM; its agent awaits `setup`.
     pub fn boot(programs: &Programs) -> Result<Self> {
-        let mut vm = VmBuilder::agent(programs).start()?;
+        Self::of(programs, &VmBuilder::agent(programs))
+    }
+
+    /// Boots this VM, whose agent awaits `setup`.
+    pub fn of(programs: &Programs, vm: &VmBuilder) -> Result<Self> {
+        let mut vm = vm.start()?;
         let root = vm.share_path().join("box/rootfs");
         std::fs::create_dir_all(&root)?;
         busybox_rootfs(&programs.busybox, &root)?;

@@ -63,6 +63,18 @@ impl Initramfs {
         initramfs.finish()
     }
 
+    /// The agent's guest (`initramfs`), in which this script, `/script`, is the first program (`rdinit=`): it is to
+    /// execute `/init`, the agent.
+    pub fn before(busybox: &Path, initramfs: &Path, script: &str) -> Result<Vec<u8>> {
+        let mut first = Self::with_busybox(busybox)?;
+        let text = format!("{PROLOGUE}{script}\n");
+        first.entry("script", EXECUTABLE, (0, 0), text.as_bytes())?;
+        let mut archives = first.finish()?;
+        let agents = fs::read(initramfs);
+        archives.extend(agents.with_context(|| format!("cannot read {}", initramfs.display()))?);
+        Ok(archives)
+    }
+
     /// A guest without an init: the kernel panics once it looks for one.
     pub fn without_init(busybox: &Path) -> Result<Vec<u8>> {
         Self::with_busybox(busybox)?.finish()

@@ -28,6 +28,11 @@ fn sleeping() -> Run {
     Runtime::Walnut.run(BUSYBOX).command(&["sleep", "100000"])
 }
 
+/// The same, with a configuration of its own.
+fn configured(config: &Path) -> Run {
+    sleeping().flag(&format!("--runtime-config-path={}", config.display()))
+}
+
 /// A number that the container's shell prints.
 fn number(container: &Container, script: &str) -> Result<u64> {
     let text = container.shell(script)?.success()?.text();
@@ -82,11 +87,7 @@ fn a_pod_is_as_large_as_its_limits_and_grows_with_them() -> Result<()> {
     let leak = Leak::watch()?;
     let config = tempfile::NamedTempFile::new()?;
     fs::write(config.path(), "max_vcpus = 4\n")?;
-    let first = sleeping()
-        .flag(&format!(
-            "--runtime-config-path={}",
-            config.path().display()
-        ))
+    let first = configured(config.path())
         .flag("--memory-limit=134217728")
         .flag("--cpus=1.5")
         .detach()?;

@@ -68,3 +68,6 @@ pub const SECCOMP: bool = true;
 
 /// `linux.apparmor.enabled`.
 pub const APPARMOR: bool = true;
+
+/// Profiles of AppArmor that the guest's image has: what containerd and Docker call their defaults.
+pub const APPARMOR_PROFILES: &[&str] = &["cri-containerd.apparmor.d", "docker-default"];

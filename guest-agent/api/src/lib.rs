@@ -53,6 +53,8 @@ pub const READY_PORT: u32 = 1023;
 pub const SHARE_MOUNT_POINT: &str = "/run/walnut/share";
 /// Connected streams that no process has claimed yet, at the most.
 pub const MAX_UNCLAIMED_STREAMS: usize = 256;
+/// Longest compiled policy of AppArmor; a message of ttrpc may be twice as long.
+pub const MAX_POLICY_BYTES: usize = 2 * 1024 * 1024;
 /// containerd's type URL for an OCI configuration as JSON.
 pub const SPEC_TYPE_URL: &str = "types.containerd.io/opencontainers/runtime-spec/1/Spec";
 /// containerd's type URL for an OCI process as JSON.

@@ -29,6 +29,9 @@ const CONTAINERS: &str = "walnut";
 /// Memory that containers never get: a share of it all, within these bounds, is for the kernel and the agent.
 const RESERVED_BYTES: std::ops::RangeInclusive<u64> = 16 << 20..=64 << 20;
 const RESERVED_SHARE: u64 = 16;
+/// Threads that containers never get, of as many as the kernel allows: this share, and at least so many.
+const RESERVED_THREADS: u64 = 192;
+const RESERVED_THREADS_SHARE: u64 = 8;
 /// For the processes of a container to be gone after SIGKILL.
 const EMPTY_DEADLINE: Duration = Duration::from_secs(30);
 
@@ -103,19 +106,31 @@ impl Hierarchy {
     }
 
     /// Keeps all containers together below what the guest has, so that memory runs out for one of them, by
-    /// whose process the kernel then makes room, before it runs out for the agent.
+    /// whose process the kernel then makes room, before it runs out for the agent. Likewise threads.
     fn reserve(&self) -> Result<(), CgroupError> {
-        let file = "memory.max";
+        self.keep_below("memory.max", "/proc/meminfo", for_containers)?;
+        self.keep_below(
+            "pids.max",
+            "/proc/sys/kernel/threads-max",
+            threads_for_containers,
+        )
+    }
+
+    /// Sets a limit to what can be had of all that the kernel tells of.
+    fn keep_below(
+        &self,
+        file: &str,
+        all: &'static str,
+        limit: fn(&str) -> Option<u64>,
+    ) -> Result<(), CgroupError> {
         // Without the controller there is nothing to hold anybody to.
         if !self.0.join(file).exists() {
             return Ok(());
         }
-        let text = fs::read_to_string("/proc/meminfo").map_err(|source| CgroupError::Read {
-            file: "/proc/meminfo",
-            source,
-        })?;
-        match for_containers(&text) {
-            Some(bytes) => write(&self.0, file, &bytes.to_string()),
+        let text =
+            fs::read_to_string(all).map_err(|source| CgroupError::Read { file: all, source })?;
+        match limit(&text) {
+            Some(limit) => write(&self.0, file, &limit.to_string()),
             None => Ok(()),
         }
     }
@@ -164,6 +179,12 @@ fn for_containers(meminfo: &str) -> Option<u64> {
     let bytes = kib.checked_mul(1024)?;
     let (least, most) = RESERVED_BYTES.into_inner();
     bytes.checked_sub((bytes / RESERVED_SHARE).clamp(least, most))
+}
+
+/// What is left of the threads that `/proc/sys/kernel/threads-max` allows.
+fn threads_for_containers(text: &str) -> Option<u64> {
+    let all: u64 = text.trim().parse().ok()?;
+    all.checked_sub((all / RESERVED_THREADS_SHARE).max(RESERVED_THREADS))
 }
 
 /// The cgroup of one container.
@@ -403,6 +424,14 @@ mod tests {
         for limit in [4096, -1, 0] {
             cgroup.check_memory(limit).unwrap();
         }
+    }
+
+    #[test]
+    fn some_threads_are_never_the_containers() {
+        assert_eq!(threads_for_containers("1000\n"), Some(808));
+        assert_eq!(threads_for_containers("16000\n"), Some(14000));
+        assert_eq!(threads_for_containers("20\n"), None);
+        assert_eq!(threads_for_containers("many\n"), None);
     }
 
     #[test]

@@ -45,7 +45,8 @@ pub(super) fn assume(process: &Process, filtered: bool) -> Result<(), SetupError
 }
 
 /// Puts the process under its filter, as late as can be: after it, capset(2) without no-new-privileges and
-/// execve(2) are all that is called, so that a profile need not allow what only the set-up does.
+/// execve(2) are all that is called, so that a profile need not allow what only the set-up does. Only a
+/// `startContainer` hook needs more: what runs a program and waits for it.
 pub(super) fn install_filter(filter: &Filter, process: &Process) -> Result<(), SetupError> {
     let install = || {
         let attempted = SetupError::step("cannot install the filter of linux.seccomp");

@@ -298,12 +298,13 @@ fn second_stage(
         .map_err(SetupError::step("cannot report that all is ready"))?;
     drop(terminal);
     wait_for_go(socket);
+    if let Some(filter) = filter {
+        identity::install_filter(filter, process)?;
+    }
+    // They are the container's programs, and held to its filter as runc holds them.
     if let Job::Create(spec, identity) = job {
         let hooks = &spec.hooks.start_container;
         hooks::run("startContainer", hooks, spec, identity, "created")?;
-    }
-    if let Some(filter) = filter {
-        identity::install_filter(filter, process)?;
     }
     Err(program.execute())
 }

@@ -12,7 +12,12 @@ use rustix::{
     process::{Resource, Rlimit, setrlimit},
     time::{ClockId, clock_gettime},
 };
-use std::{fs, path::PathBuf, process::ExitCode, time::Duration};
+use std::{
+    fs,
+    path::PathBuf,
+    process::ExitCode,
+    time::{Duration, Instant},
+};
 use tokio::{runtime, time::timeout};
 use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener, VsockStream};
 use walnut_agent_api::{AGENT_PORT, READY_PORT, STDIO_PORT};
@@ -23,6 +28,9 @@ const READY_DEADLINE: Duration = Duration::from_secs(60);
 const MAX_FILES: u64 = 524_288;
 /// What Linux distributions set and the kernel does not.
 const SYSCTLS: &[(&str, &str)] = &[
+    // Open files are memory of the container that opens them, and limited as such; a limit of the guest's
+    // would be one container's to use up for all.
+    ("fs/file-max", "9223372036854775807"),
     ("fs/protected_hardlinks", "1"),
     ("fs/protected_symlinks", "1"),
     ("kernel/kptr_restrict", "1"),
@@ -42,10 +50,11 @@ enum Purpose {
 
 /// Runs as PID 1; never returns to the kernel but by power-off or panic.
 pub(crate) fn run() -> ExitCode {
+    let begun = Instant::now();
     power::panics_are_fatal();
     let result = prepare().and_then(|mode| match mode {
         Purpose::Probe => probe(),
-        Purpose::Serve => serve(),
+        Purpose::Serve => serve(begun),
     });
     match result {
         Ok(()) => power::off(),
@@ -109,7 +118,7 @@ fn probe() -> Result<(), GuestError> {
     Ok(())
 }
 
-fn serve() -> Result<(), GuestError> {
+fn serve(begun: Instant) -> Result<(), GuestError> {
     let cid = syscall::local_cid().unwrap_or(VMADDR_CID_ANY);
     // Below it are the hypervisor, the loopback and the host: no device gave this guest an id of its own.
     if cid <= VMADDR_CID_HOST || cid == VMADDR_CID_ANY {
@@ -120,10 +129,10 @@ fn serve() -> Result<(), GuestError> {
         .enable_all()
         .build()
         .map_err(GuestError::system("start the runtime"))?
-        .block_on(serve_vsock())
+        .block_on(serve_vsock(begun))
 }
 
-async fn serve_vsock() -> Result<(), GuestError> {
+async fn serve_vsock(begun: Instant) -> Result<(), GuestError> {
     let requests = listen(AGENT_PORT)?;
     let streams = listen(STDIO_PORT)?;
     let program =
@@ -131,6 +140,7 @@ async fn serve_vsock() -> Result<(), GuestError> {
     let config = AgentConfig {
         program,
         cgroup_root: PathBuf::from(mounts::CGROUP_ROOT),
+        boot_time: begun.elapsed(),
     };
     let service = server::serve(&config, accept(requests), accept(streams));
     // Both ports listen: connections wait from here on.

@@ -112,6 +112,7 @@ fn start() -> Option<Served> {
         program: std::env::var_os("WALNUT_AGENT")
             .map_or_else(|| env!("CARGO_BIN_EXE_walnut-agent").into(), PathBuf::from),
         cgroup_root: cgroups.clone(),
+        boot_time: Duration::ZERO,
     };
     let (ready, is_ready) = mpsc::channel();
     let sockets = directory.clone();

@@ -36,6 +36,24 @@ impl Agent {
         Ok(())
     }
 
+    /// `Guest.LoadProfile`.
+    pub(crate) async fn load_profile(
+        &self,
+        name: String,
+        policy: Vec<u8>,
+    ) -> Result<(), AgentError> {
+        let request = guest::LoadProfileRequest {
+            name,
+            policy,
+            ..Default::default()
+        };
+        call("LoadProfile", CALL_DEADLINE, |context| {
+            self.guest.load_profile(context, &request)
+        })
+        .await?;
+        Ok(())
+    }
+
     /// `Guest.Shutdown`.
     pub(crate) async fn shutdown(&self) -> Result<(), AgentError> {
         let request = guest::ShutdownRequest::default();

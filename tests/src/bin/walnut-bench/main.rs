@@ -5,6 +5,7 @@
 //! JSON to standard output. A measurement that fails is an error, never a zero. Times taken on an emulated
 //! machine mean nothing by themselves: read the ratios.
 
+mod agent;
 mod boot;
 mod console;
 mod exits;
@@ -29,11 +30,12 @@ fn main() -> Result<()> {
     let (scope, runs) = arguments()?;
     let programs = Programs::find()?;
     let mut report = Report::new(runs);
-    if scope != Scope::Pod {
+    if matches!(scope, Scope::Product | Scope::Vmm) {
         start_times(&mut report, &programs, runs)?;
         exit_counts(&mut report, &programs)?;
     }
     match scope {
+        Scope::Agent => agent::measure(&mut report, &programs, runs)?,
         Scope::Pod => pod::measure(&mut report, runs)?,
         Scope::Product => {
             run_times(&mut report, runs)?;
@@ -54,6 +56,8 @@ const ATTEMPTS: usize = 3;
 enum Scope {
     /// Containers and idle Pods.
     Product,
+    /// What runs in the guest.
+    Agent,
     /// The calls that containerd makes on a Pod.
     Pod,
     /// The VMM's devices.
@@ -64,6 +68,7 @@ fn arguments() -> Result<(Scope, usize)> {
     let words: Vec<String> = std::env::args().skip(1).collect();
     let mut words: Vec<&str> = words.iter().map(String::as_str).collect();
     let scope = match words.first() {
+        Some(&"agent") => Scope::Agent,
         Some(&"vmm") => Scope::Vmm,
         Some(&"pod") => Scope::Pod,
         _ => Scope::Product,
@@ -78,7 +83,7 @@ fn arguments() -> Result<(Scope, usize)> {
             ensure!(runs > 0, "--runs wants a number above 0");
             Ok((scope, runs))
         }
-        _ => bail!("usage: walnut-bench [vmm|pod] [--runs N]"),
+        _ => bail!("usage: walnut-bench [agent|pod|vmm] [--runs N]"),
     }
 }
 

@@ -23,7 +23,7 @@ use walnut_tests::{
     task::{Stdio, Tasks},
 };
 
-const BOTH: [Runtime; 2] = [Runtime::Walnut, Runtime::Runc];
+pub(crate) const BOTH: [Runtime; 2] = [Runtime::Walnut, Runtime::Runc];
 /// Pods that start at once.
 const PARALLEL: usize = 4;
 const CONTAINERS: usize = 10;
@@ -41,7 +41,7 @@ struct Pod {
     ready_ms: f64,
 }
 
-fn milliseconds(since: Instant) -> f64 {
+pub(crate) fn milliseconds(since: Instant) -> f64 {
     since.elapsed().as_secs_f64() * 1000.0
 }
 
@@ -162,7 +162,7 @@ impl Pod {
     }
 }
 
-fn fifo(directory: &Path, name: &str) -> Result<String> {
+pub(crate) fn fifo(directory: &Path, name: &str) -> Result<String> {
     let path = directory.join(name);
     mkfifoat(CWD, &path, Mode::RWXU).context("cannot make a FIFO")?;
     Ok(path.display().to_string())

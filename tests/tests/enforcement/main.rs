@@ -1,15 +1,17 @@
 //! What a container may not do, the guest's kernel forbids: filters of system calls, AppArmor, limits; and
 //! nothing that a container does to itself takes the agent from the others.
 
+mod exhaustion;
+
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use std::process::Command;
-use walnut_agent_api::containerd::ttrpc::Code;
+use std::{fs, path::Path, process::Command};
+use walnut_agent_api::{containerd::ttrpc::Code, features::APPARMOR_PROFILES};
 use walnut_tests::{
     bundle::{Spec, process},
     command::{self, End},
-    ctr::{DEBIAN, Runtime},
+    ctr::{BUSYBOX, DEBIAN, Runtime},
     deadline::{self, Deadline},
     guest::Guest,
     leak::Leak,
@@ -21,7 +23,9 @@ use walnut_vmm_api::VmmExit;
 
 /// What `ctr run --seccomp` writes.
 const CONTAINERDS: &str =
-    include_str!("../../guest-agent/src/container/testdata/seccomp-containerd.json");
+    include_str!("../../../guest-agent/src/container/testdata/seccomp-containerd.json");
+/// A profile that the guest's image does not have, compiled; its text is beside it.
+const POLICY: &[u8] = include_bytes!("../../apparmor/walnut-deny-write");
 /// A process that a signal ended.
 const SIGNALLED: u32 = 128;
 const SIGSYS: u32 = 31;
@@ -42,10 +46,15 @@ fn a_container_is_held_to_what_it_was_given() -> Result<()> {
             ("what a filter cannot have is named", refused_filters),
             ("AppArmor holds root", apparmor),
             ("unknown profiles of AppArmor are named", unknown_profiles),
+            ("the host gives profiles of its own", own_profiles),
             ("root has no power over the guest", isolation),
             ("programs end as they say", ends),
-            ("memory runs out for who uses it", memory),
-            ("processes and tmpfs run out for who uses them", exhaustion),
+            ("memory runs out for who uses it", exhaustion::memory),
+            (
+                "processes and tmpfs run out for who uses them",
+                exhaustion::processes,
+            ),
+            ("files run out for who opens them", exhaustion::files),
         ],
     )?;
     guest.agent.shutdown().context("shutdown")?;
@@ -219,8 +228,31 @@ fn unknown_profiles(guest: &mut Guest) -> Result<()> {
         .spec(&id, &["true"])
         .with("/process/apparmorProfile", json!("my-own"));
     let answer = guest.agent.create(&id, spec.to_json(), &Stdio::default());
-    let words = ["apparmorProfile", "my-own", "docker-default"];
+    // What the contract says the image has, it has.
+    let known = format!("{APPARMOR_PROFILES:?}");
+    let words = ["apparmorProfile", "my-own", &known];
     refused(answer, Code::INVALID_ARGUMENT, &words)
+}
+
+/// Prints its profile, and whether `/tmp/kept` can be written.
+const CONFINED: &str = "cat /proc/self/attr/apparmor/current
+    echo kept > /tmp/kept || echo held; echo other > /tmp/other && cat /tmp/other";
+
+fn own_profiles(guest: &mut Guest) -> Result<()> {
+    for (name, policy, words) in [
+        ("docker-default", POLICY, "walnut-deny-write"),
+        ("walnut-deny-write", &POLICY[..100], "kernel takes"),
+        ("nothing", b"nothing".as_slice(), "holds the profiles []"),
+    ] {
+        let answer = guest.agent.load_profile(name, policy);
+        refused(answer, Code::INVALID_ARGUMENT, &[name, words])?;
+    }
+    // A second time is as good as the first.
+    guest.agent.load_profile("walnut-deny-write", POLICY)?;
+    guest.agent.load_profile("walnut-deny-write", POLICY)?;
+    let text = "walnut-deny-write (enforce)\nheld\nother\n";
+    let confined = |spec: Spec| spec.with("/process/apparmorProfile", json!("walnut-deny-write"));
+    prints(guest, confined, &format!("({CONFINED}) 2>/dev/null"), text)
 }
 
 /// Each line that a container without extra capabilities must not get to print.
@@ -249,31 +281,6 @@ fn isolation(guest: &mut Guest) -> Result<()> {
     Ok(())
 }
 
-/// A little less than the guest has, which is more than its containers may have.
-const GLUTTON: &str = "n=$(busybox awk '/MemTotal/ { print $2 * 1000 }' /proc/meminfo)
-    dd if=/dev/zero bs=1M count=$((n / 1048576)) 2>/dev/null | tail -c $n > /dev/null";
-
-fn memory(guest: &mut Guest) -> Result<()> {
-    let neighbour = guest.stay()?;
-    let id = guest.name();
-    // No limit of its own.
-    let spec = guest.spec(&id, &["sh", "-c", GLUTTON]);
-    guest.agent.create(&id, spec.to_json(), &Stdio::default())?;
-    guest.agent.tasks.start(&id, "")?;
-    let kills = guest.agent.out_of_memory(&id, 0)?;
-    ensure!(kills >= 1, "{kills}");
-    ensure!(guest.agent.tasks.wait(&id, "")? == 137, "no 137");
-    guest.agent.tasks.delete(&id, "")?;
-    refused(
-        guest.agent.out_of_memory(&id, kills),
-        Code::NOT_FOUND,
-        &[&id],
-    )?;
-    prints(guest, |spec| spec, "echo well", "well\n")?;
-    ensure!(guest.remove(&neighbour)? == 137);
-    Ok(())
-}
-
 /// What runc's users know of programs that are none, and of first processes that leave others behind.
 fn ends(guest: &mut Guest) -> Result<()> {
     let script = "printf 'echo no interpreter\\n' > /bin/plain; busybox chmod 755 /bin/plain";
@@ -298,26 +305,15 @@ fn ends(guest: &mut Guest) -> Result<()> {
     Ok(())
 }
 
-fn exhaustion(guest: &mut Guest) -> Result<()> {
-    let limits = json!({ "pids": { "limit": 40 }, "memory": { "limit": 64 << 20 } });
-    let limited = |spec: Spec| spec.with("/linux/resources", limits.clone());
-    let bomb = "f() { f | f & }; f; exec sleep 1";
-    guest.run(limited, bomb, b"")?;
-    prints(guest, |spec| spec, "echo well", "well\n")?;
-    let fill = "dd if=/dev/zero of=/dev/shm/full bs=1M count=200 2>/dev/null; echo $?";
-    let outcome = guest.run(limited, fill, b"")?;
-    ensure!(outcome.text() != "0\n", "{outcome:?}");
-    prints(guest, |spec| spec, "echo well", "well\n")
-}
-
 /// What a container with containerd's filter may do, and then that it has little memory.
 const FILTERED: &str = r#"
 $| = 1;
 open F, "/proc/self/status"; print grep /^Seccomp/, <F>;
 sub call { syscall(shift, map { 0 + $_ } @_) >= 0 ? "made" : 0 + $! }
-# unshare, mount, reboot, one of the future, clone3; personality and socket with two arguments each.
+# unshare, mount, reboot, one of the future, clone3; personality and socket with two arguments each; then whether the
+# program may make a domain of Landlock's, by asking for its version.
 print join(" ", call(272, 0x10000000), call(165, (0) x 5), call(169, (0) x 4), call(9999), call(435, 0, 0)), "\n";
-print join(" ", call(135, 8), call(135, 9), call(41, 1, 1, 0), call(41, 40, 1, 0)), "\n";
+print join(" ", call(135, 8), call(135, 9), call(41, 1, 1, 0), call(41, 40, 1, 0), call(444, 0, 0, 1)), "\n";
 system q{head -c 200000000 /dev/zero | tail -c 200000000 > /dev/null; echo $?};
 "#;
 
@@ -350,11 +346,41 @@ fn containerds_filter_and_limits_are_as_under_runc() -> Result<()> {
     }
     let runc = &found[1];
     ensure!(
-        runc.ends_with("\n1 1 1 38 38\nmade 1 made 1\n137"),
+        runc.ends_with("\n1 1 1 38 38\nmade 1 made 1 made\n137"),
         "{runc}"
     );
     ensure!(runc.starts_with("Seccomp:\t2\n"), "{runc}");
     ensure!(found[0] == *runc, "walnut: {}\nrunc: {runc}", found[0]);
+    leak.nothing_left()
+}
+
+#[test]
+fn a_profile_of_the_node_confines_a_container() -> Result<()> {
+    if requirement::containerd()?.is_none() {
+        return Ok(());
+    }
+    let leak = Leak::watch()?;
+    let run = |name: &str| {
+        let run = Runtime::Walnut.run(BUSYBOX);
+        run.flag(&format!("--apparmor-profile={name}"))
+    };
+    let output = run("nobodys").shell(CONFINED).finish()?;
+    let words = "\"nobodys\" is neither one of the guest's own";
+    ensure!(output.end != End::Exited(0), "{output:?}");
+    ensure!(output.stderr.contains(words), "{output:?}");
+    let folder = Path::new("/etc/walnut/apparmor.d");
+    ensure!(
+        output.stderr.contains("/etc/walnut/apparmor.d"),
+        "{output:?}"
+    );
+
+    fs::create_dir_all(folder)?;
+    fs::write(folder.join("walnut-deny-write"), POLICY)?;
+    let output = run("walnut-deny-write").shell(CONFINED).finish();
+    fs::remove_dir_all(folder)?;
+    let output = output?;
+    let text = "walnut-deny-write (enforce)\nheld\nother";
+    ensure!(output.text() == text, "{output:?}");
     leak.nothing_left()
 }
 
