@@ -18,10 +18,15 @@ pub(crate) mod code {
     pub(crate) const ADD_REGISTER: u8 = 0x0f;
     pub(crate) const SUBTRACT_REGISTER: u8 = 0x1f;
     pub(crate) const AND: u8 = 0x57;
+    pub(crate) const OR_REGISTER: u8 = 0x4f;
+    pub(crate) const SHIFT_LEFT: u8 = 0x67;
     pub(crate) const SHIFT_RIGHT: u8 = 0x77;
     pub(crate) const JUMP: u8 = 0x05;
     pub(crate) const JUMP_EQUAL: u8 = 0x15;
+    pub(crate) const JUMP_EQUAL_REGISTER: u8 = 0x1d;
+    pub(crate) const JUMP_MORE: u8 = 0x25;
     pub(crate) const JUMP_NOT_EQUAL: u8 = 0x55;
+    pub(crate) const JUMP_NOT_EQUAL_REGISTER: u8 = 0x5d;
     pub(crate) const JUMP_LESS: u8 = 0xa5;
     pub(crate) const JUMP_NOT_MORE_REGISTER: u8 = 0xbd;
     pub(crate) const CALL: u8 = 0x85;
@@ -76,6 +81,15 @@ impl Assembler {
     /// Calls a helper of the kernel by its number (`enum bpf_func_id`).
     pub(crate) fn call(&mut self, helper: i32) -> &mut Self {
         self.add(code::CALL, 0, 0, 0, helper)
+    }
+
+    /// Puts a number of 64 bits into a register; takes two instructions.
+    pub(crate) fn wide(&mut self, register: u8, number: u64) -> &mut Self {
+        let [l0, l1, l2, l3, h0, h1, h2, h3] = number.to_le_bytes();
+        let low = i32::from_le_bytes([l0, l1, l2, l3]);
+        let high = i32::from_le_bytes([h0, h1, h2, h3]);
+        self.add(code::LOAD_WIDE_IMMEDIATE, register, 0, 0, low)
+            .add(0, 0, 0, 0, high)
     }
 
     /// Puts a map into a register; takes two instructions.
