@@ -5,7 +5,7 @@
 use crate::{
     Answer, CommandError,
     pods::{Pods, Shim},
-    seccomp::{Profile, ProfileError, Use, Verdict},
+    seccomp::{Profile, Use, Verdict},
     table::Table,
 };
 use clap::Subcommand;

@@ -83,10 +83,10 @@ fn pods_and_their_calls_are_shown_as_they_are() -> Result<()> {
     checked()?;
     counted(&container)?;
     shown(&container)?;
-    recorded(container)?;
     let words = "container \"nobody\" does not exist";
     let nobody = walnut(&["syscalls", container.id(), "nobody"])?.exits(1)?;
     ensure!(nobody.stderr.contains(words), "{nobody:?}");
+    recorded(container)?;
     ensure!(walnut(&["ps", "--json"])?.success()?.text().is_empty());
     leak.nothing_left()
 }
