@@ -15,7 +15,7 @@ use std::{
     path::{Path, PathBuf},
     time::Duration,
 };
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, timeout_at};
 use walnut_shim_api::pod::{RecordRequest, RecordResponse};
 
 /// How long one question waits for the container's end.
@@ -124,9 +124,11 @@ async fn record(
         async move { shim.record(&request).await }
     };
     let over = async {
+        let never = std::future::pending::<()>();
         match end {
-            Some(end) => sleep_until(end).await,
-            None => std::future::pending().await,
+            // Its end is what is waited for.
+            Some(end) => drop(timeout_at(end, never).await),
+            None => never.await,
         }
     };
     let interrupted = tokio::signal::ctrl_c();
