@@ -6,7 +6,7 @@ use crate::{
     apparmor::AppArmorError,
     cgroup::CgroupError,
     container::refuse::SpecError,
-    guest::{GuestError, changes::ChangeError, network::NetworkError},
+    guest::{GuestError, changes::ChangeError, dial::DialError, network::NetworkError},
     insight::InsightError,
     stdio::StdioError,
     storage::StorageError,
@@ -93,6 +93,22 @@ impl From<ChangeError> for ttrpc::Error {
             ChangeError::TooMany(..) | ChangeError::Container(_) => Code::INVALID_ARGUMENT,
             ChangeError::Busy => Code::RESOURCE_EXHAUSTED,
             ChangeError::Volume { .. } | ChangeError::Announcer(_) => Code::INTERNAL,
+        };
+        status(&error, code)
+    }
+}
+
+impl From<DialError> for ttrpc::Error {
+    fn from(error: DialError) -> Self {
+        let code = match &error {
+            DialError::NobodyListens(_) => Code::UNAVAILABLE,
+            DialError::Address(_)
+            | DialError::NoStream
+            | DialError::Stream(StdioError::Name { .. }) => Code::INVALID_ARGUMENT,
+            DialError::Stream(StdioError::Missing { .. }) => Code::FAILED_PRECONDITION,
+            DialError::Stream(StdioError::System { .. }) | DialError::Connect { .. } => {
+                Code::INTERNAL
+            }
         };
         status(&error, code)
     }

@@ -6,7 +6,6 @@
 //! namespaces; `insight` counts what containers do. Must not trust a container.
 
 mod apparmor;
-mod bpf;
 mod cgroup;
 mod container;
 mod error;

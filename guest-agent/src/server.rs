@@ -95,6 +95,7 @@ where
         volumes: Arc::clone(&volumes),
         syscalls,
         recorder,
+        streams: streams.clone(),
         end: Arc::clone(&end),
     };
     let connections = watch::Sender::new(());

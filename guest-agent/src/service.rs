@@ -4,9 +4,10 @@
 
 use crate::{
     cgroup::stats,
-    guest::{Guest, changes::Volumes, online},
+    guest::{Guest, changes::Volumes, dial, online},
     insight::{Record, Recorder, SyscallCounter},
     reaper::Exit,
+    stdio::Streams,
     storage::Storage,
     task::{AddProcess, CreateContainer, Status, StdioNames, TaskError, Tasks},
 };
@@ -216,6 +217,7 @@ pub(crate) struct GuestService {
     pub(crate) volumes: Arc<Volumes>,
     pub(crate) syscalls: SyscallCounter,
     pub(crate) recorder: Recorder,
+    pub(crate) streams: Streams,
     /// Told when the guest is to end.
     pub(crate) end: Arc<Notify>,
 }
@@ -284,6 +286,15 @@ impl guest_ttrpc::Guest for GuestService {
         let wanted = r.network.unwrap_or_default();
         self.guest.update_network(wanted).await?;
         Ok(guest_api::UpdateNetworkResponse::new())
+    }
+
+    async fn dial(
+        &self,
+        _: &TtrpcContext,
+        r: guest_api::DialRequest,
+    ) -> Result<guest_api::DialResponse> {
+        dial::dial(&self.streams, &r.stream, &r.address).await?;
+        Ok(guest_api::DialResponse::new())
     }
 
     async fn watch_volumes(

@@ -96,6 +96,13 @@ pub(crate) enum AgentError {
     },
 }
 
+impl AgentError {
+    /// Whether the agent refuses for this reason.
+    pub(crate) fn is_of_code(&self, reason: Code) -> bool {
+        matches!(self, Self::Refused { code, .. } if *code == reason)
+    }
+}
+
 /// The names by which a process of the guest finds its stdio; empty is `/dev/null`.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct StreamNames {
@@ -271,6 +278,14 @@ impl Agent {
         })
         .await?;
         Ok(())
+    }
+
+    /// How many processes a container has.
+    pub(crate) async fn pids(&self, request: &api::PidsRequest) -> Result<usize, AgentError> {
+        let answer = call("Pids", CALL_DEADLINE, |context| {
+            self.task.pids(context, request)
+        });
+        Ok(answer.await?.processes.len())
     }
 
     /// Thaws a container.

@@ -14,10 +14,12 @@
 use crate::{
     args::Args,
     bundle::{BundleError, Membership},
+    config::{PATH_VARIABLE, TEXT_VARIABLE},
+    runtime_options::{ConfigSource, OptionsError, RuntimeOptions},
     state_dir::socket_path,
 };
 use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
-use protobuf::Message as _;
+use protobuf::{Message as _, well_known_types::any::Any};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::{
     fs::{self, File},
@@ -63,6 +65,9 @@ pub(crate) enum BootstrapError {
         /// Why.
         source: io::Error,
     },
+    /// The options of the runtime.
+    #[error(transparent)]
+    Options(#[from] OptionsError),
     /// The server.
     #[error("the shim's server did not start: {0}")]
     Server(String),
@@ -79,7 +84,8 @@ enum Dialect {
 pub(crate) fn start(args: &Args) -> anyhow::Result<()> {
     let input = read_stdin()?;
     let max_version = std::env::var_os(VERSION_VARIABLE).is_some();
-    let reply = |address: &str| reply(dialect(&input, args, max_version), address);
+    let dialect = dialect(&input, args, max_version);
+    let options = options(dialect, &input).map_err(BootstrapError::from)?;
     let bundle = bundle_of(args)?;
     let membership = Membership::read(&bundle, &args.id).map_err(BootstrapError::from)?;
     let socket = socket_path(
@@ -93,13 +99,20 @@ pub(crate) fn start(args: &Args) -> anyhow::Result<()> {
         Membership::Joins(sandbox) if !answers => {
             return Err(BootstrapError::NoSandbox(sandbox).into());
         }
-        Membership::Own if !answers => start_server(args, &bundle, &socket)?,
+        Membership::Own if !answers => start_server(args, &bundle, &socket, &options.config)?,
         Membership::Own | Membership::Joins(_) => {}
     }
     let path = bundle.join("address");
     fs::write(&path, &address).map_err(host("writing", &path))?;
-    io::stdout().write_all(&reply(&address))?;
+    io::stdout().write_all(&reply(dialect, &address))?;
     Ok(())
+}
+
+/// The options that standard input holds; with the parameters of containerd 2.3 they come with `Create` alone.
+fn options(dialect: Dialect, input: &[u8]) -> Result<RuntimeOptions, OptionsError> {
+    let options = (dialect != Dialect::Protobuf).then(|| Any::parse_from_bytes(input));
+    // What is no `Any` is nothing that this program knows of.
+    RuntimeOptions::read(options.and_then(Result::ok).as_ref())
 }
 
 /// `-v`.
@@ -157,9 +170,14 @@ fn reply(dialect: Dialect, address: &str) -> Vec<u8> {
     }
 }
 
-fn start_server(args: &Args, bundle: &Path, socket: &Path) -> Result<(), BootstrapError> {
+fn start_server(
+    args: &Args,
+    bundle: &Path,
+    socket: &Path,
+    config: &ConfigSource,
+) -> Result<(), BootstrapError> {
     let listener = listen(socket)?;
-    let started = spawn(args, bundle, listener).and_then(|mut child| {
+    let started = spawn(args, bundle, listener, config).and_then(|mut child| {
         let ready = wait_ready(&mut child).and_then(|()| {
             let path = bundle.join("shim.pid");
             fs::write(&path, child.id().to_string()).map_err(host("writing", &path))
@@ -196,7 +214,12 @@ fn listen(socket: &Path) -> Result<UnixListener, BootstrapError> {
     UnixListener::bind(socket).map_err(host("listening on", socket))
 }
 
-fn spawn(args: &Args, bundle: &Path, listener: UnixListener) -> Result<Child, BootstrapError> {
+fn spawn(
+    args: &Args,
+    bundle: &Path,
+    listener: UnixListener,
+    config: &ConfigSource,
+) -> Result<Child, BootstrapError> {
     // By its own name, as a person who looks for it will.
     let program = std::env::current_exe().map_err(host("finding", Path::new("/proc/self/exe")))?;
     let mut command = Command::new(&program);
@@ -215,6 +238,15 @@ fn spawn(args: &Args, bundle: &Path, listener: UnixListener) -> Result<Child, Bo
         .stderr(log_of(bundle));
     if args.debug {
         command.arg("-debug");
+    }
+    match config {
+        ConfigSource::Node => {}
+        ConfigSource::File(path) => {
+            command.env(PATH_VARIABLE, path);
+        }
+        ConfigSource::Text(text) => {
+            command.env(TEXT_VARIABLE, text);
+        }
     }
     let child = command.spawn().map_err(host("starting", &program))?;
     protect(child.id());
@@ -295,8 +327,8 @@ mod tests {
     }
 
     /// What containerd 1.7 to 2.2 write to standard input for a runtime with options: the `Any` of
-    /// `containerd.runc.options.v1.Options{SystemdCgroup: true}`.
-    const OPTIONS: &[u8] = b"\x0a\x22containerd.runc.options.v1.Options\x12\x02\x48\x01";
+    /// `containerd.runc.v1.Options{SystemdCgroup: true}`.
+    const OPTIONS: &[u8] = b"\x0a\x1acontainerd.runc.v1.Options\x12\x02\x48\x01";
     /// What 2.3 writes: id, namespace, log level debug (-4), version, both addresses, its binary.
     const PARAMETERS: &[u8] = b"\x0a\x02c1\x12\x06k8s.io\x18\xfc\xff\xff\xff\xff\xff\xff\xff\xff\x01\
         \x22\x06v2.3.0\x2a\x25/run/containerd/containerd.sock.ttrpc\x32\x1f/run/containerd/containerd.sock\
@@ -322,9 +354,9 @@ mod tests {
     #[test]
     fn options_that_decode_as_parameters_are_known_by_what_they_name() {
         let decoded = BootstrapParams::parse_from_bytes(OPTIONS).unwrap();
-        assert_eq!(decoded.instance_id, "containerd.runc.options.v1.Options");
+        assert_eq!(decoded.instance_id, "containerd.runc.v1.Options");
         // Even for a container of that name.
-        let named = args("containerd.runc.options.v1.Options");
+        let named = args("containerd.runc.v1.Options");
         assert_eq!(dialect(OPTIONS, &named, true), Dialect::Json);
     }
 

@@ -13,7 +13,13 @@ use crate::{
 };
 use containerd_shim_protos::{api, types::task::ProcessInfo};
 use protobuf::{EnumOrUnknown, MessageField};
-use std::{path::PathBuf, sync::Arc};
+use std::{path::PathBuf, sync::Arc, time::Duration};
+use tokio::time::timeout;
+
+/// Processes that an answer has at the most.
+const MAX_PIDS: usize = 4096;
+/// A containerd that comes back gives a shim five seconds to answer this.
+const PIDS_PATIENCE: Duration = Duration::from_secs(2);
 
 impl Sandbox {
     fn container(&self, id: &str) -> Result<Arc<Container>, ShimError> {
@@ -182,16 +188,25 @@ impl Sandbox {
         Ok(response)
     }
 
-    /// Pids: the VMM stands for everything that runs in it, and for a container that has ended until it is deleted: a
-    /// containerd that comes back takes a shim without processes for a leak, and removes it with the exit status.
-    pub(crate) fn pids(&self, id: &str) -> Result<api::PidsResponse, ShimError> {
-        let init = &self.container(id)?.init;
+    /// Pids: one for each process of the container, but each the VMM's, which stands for all that runs in it. It does so
+    /// for a container that has ended too, until it is deleted: a containerd that comes back takes a shim without
+    /// processes for a leak, and removes it with the exit status.
+    pub(crate) async fn pids(
+        self: Arc<Self>,
+        request: api::PidsRequest,
+    ) -> Result<api::PidsResponse, ShimError> {
+        let pid = self.container(&request.id)?.init.pid();
         let mut response = api::PidsResponse::default();
-        if self.living().is_ok() {
-            response.processes.push(ProcessInfo {
-                pid: init.pid(),
+        if let Ok(machine) = self.living() {
+            // A guest that doesn't answer is there all the same.
+            let count = timeout(PIDS_PATIENCE, machine.ask(machine.agent().pids(&request))).await;
+            let count = count.map_or(0, |answer| answer.unwrap_or(0));
+            let count = count.clamp(1, MAX_PIDS);
+            let process = ProcessInfo {
+                pid,
                 ..Default::default()
-            });
+            };
+            response.processes = vec![process; count];
         }
         Ok(response)
     }

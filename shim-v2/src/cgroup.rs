@@ -36,6 +36,9 @@ pub(crate) enum CgroupError {
     /// The path has a component that would leave the hierarchy.
     #[error("linux.cgroupsPath {0:?} is neither a plain path nor slice:prefix:name")]
     Path(PathBuf),
+    /// The same, of a runtime option.
+    #[error("the runtime option shim_cgroup {0:?} is no plain path")]
+    ShimPath(PathBuf),
     /// A controller that a limit needs.
     #[error("the host's cgroup {path:?} has no {file}, which {limit} needs")]
     Controller {
@@ -244,6 +247,17 @@ fn hierarchies(root: &Path) -> Result<Vec<PathBuf>, CgroupError> {
         true => Err(CgroupError::NoHierarchy),
         false => Ok(roots),
     }
+}
+
+/// Moves this process to a cgroup that exists.
+pub(crate) fn enter(path: &Path) -> Result<(), CgroupError> {
+    let below = relative(path).ok_or_else(|| CgroupError::ShimPath(path.to_owned()))?;
+    for root in hierarchies(Path::new(ROOT))? {
+        let procs = root.join(&below).join("cgroup.procs");
+        // 0 is whoever writes it.
+        fs::write(&procs, "0").map_err(failed("entering", &procs))?;
+    }
+    Ok(())
 }
 
 /// Makes a cgroup and those above it, each with what a process in the last one needs.

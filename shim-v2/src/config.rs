@@ -3,13 +3,16 @@
 //! Absent means the defaults; an unknown key is an error. Must not look at the files that it names: `vm`
 //! opens them, and says which one is missing.
 
+use crate::runtime_options::ConfigSource;
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
 use walnut_vmm_api::{MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB};
 
 const DEFAULT_PATH: &str = "/etc/walnut/config.toml";
 /// Names another file; used by tests and by nodes with several configurations.
-const PATH_VARIABLE: &str = "WALNUT_CONFIG";
+pub(crate) const PATH_VARIABLE: &str = "WALNUT_CONFIG";
+/// Holds a configuration.
+pub(crate) const TEXT_VARIABLE: &str = "WALNUT_CONFIG_BODY";
 
 /// What may differ between nodes.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -85,9 +88,19 @@ impl Default for Config {
 }
 
 impl Config {
-    /// Reads the file that `WALNUT_CONFIG` names, else the default one, else takes the defaults.
-    pub(crate) fn load() -> Result<Self, ConfigError> {
-        let named = std::env::var_os(PATH_VARIABLE).map(PathBuf::from);
+    /// Reads what the options of a container name, else what they had when the shim was started, else the default file,
+    /// else takes the defaults.
+    pub(crate) fn load(source: &ConfigSource) -> Result<Self, ConfigError> {
+        let named = match source {
+            ConfigSource::Text(text) => return Self::parse(text, Path::new("config_body")),
+            ConfigSource::File(path) => Some(path.clone()),
+            ConfigSource::Node => {
+                if let Ok(text) = std::env::var(TEXT_VARIABLE) {
+                    return Self::parse(&text, Path::new("config_body"));
+                }
+                std::env::var_os(PATH_VARIABLE).map(PathBuf::from)
+            }
+        };
         let path = named.clone().unwrap_or_else(|| DEFAULT_PATH.into());
         match std::fs::read_to_string(&path) {
             Ok(text) => Self::parse(&text, &path),

@@ -4,8 +4,9 @@
 
 use crate::{
     agent::AgentError, blocks::BlocksError, config::ConfigError, hooks::HookError, io::IoError,
-    machine::MachineError, network::NetworkError, pod_config::PodConfigError, size::SizeError,
-    spec::SpecError, storage::StorageError, vm::VmError,
+    machine::MachineError, network::NetworkError, pod_config::PodConfigError,
+    runtime_options::OptionsError, size::SizeError, spec::SpecError, storage::StorageError,
+    vm::VmError,
 };
 use std::{error::Error, path::PathBuf};
 use ttrpc::Code;
@@ -103,6 +104,9 @@ pub(crate) enum ShimError {
     /// The Pod's configuration.
     #[error(transparent)]
     PodConfig(#[from] PodConfigError),
+    /// Options of the runtime.
+    #[error(transparent)]
+    Options(#[from] OptionsError),
     /// Stdio.
     #[error(transparent)]
     Io(#[from] IoError),
@@ -141,9 +145,11 @@ impl ShimError {
             Self::Exists { .. } => Code::ALREADY_EXISTS,
             Self::State { .. } => Code::FAILED_PRECONDITION,
             Self::Unsupported(_) => Code::UNIMPLEMENTED,
-            Self::Name { .. } | Self::Json { .. } | Self::Spec(_) | Self::PodConfig(_) => {
-                Code::INVALID_ARGUMENT
-            }
+            Self::Name { .. }
+            | Self::Json { .. }
+            | Self::Spec(_)
+            | Self::PodConfig(_)
+            | Self::Options(_) => Code::INVALID_ARGUMENT,
             Self::Bundle { .. } => Code::NOT_FOUND,
             Self::VmEnded(_) => Code::UNAVAILABLE,
             Self::Hook(HookError::Task(_)) => Code::INTERNAL,

@@ -96,6 +96,13 @@ impl HostHooks {
 
     /// `prestart` and `createRuntime`: the machine is there, the container is not. `pid` is the VMM's.
     pub(crate) async fn creating(self: &Arc<Self>, pid: u32) -> Result<(), HookError> {
+        let (before, at_end) = (self.hooks.prestart(), self.hooks.poststop());
+        if [before, self.hooks.create_runtime(), at_end]
+            .into_iter()
+            .all(is_none)
+        {
+            return Ok(());
+        }
         let this = Arc::clone(self);
         spawn_blocking(move || {
             this.note()?;
@@ -109,6 +116,9 @@ impl HostHooks {
 
     /// `poststart`: the container's program runs.
     pub(crate) async fn started(self: &Arc<Self>, pid: u32) -> Result<(), HookError> {
+        if is_none(self.hooks.poststart()) {
+            return Ok(());
+        }
         let this = Arc::clone(self);
         spawn_blocking(move || {
             let hooks = this.hooks.poststart().as_deref();
@@ -119,6 +129,9 @@ impl HostHooks {
 
     /// `poststop`: the container is gone. What fails is told to the log, as nothing can come of it.
     pub(crate) async fn stopped(self: &Arc<Self>) {
+        if is_none(self.hooks.poststop()) {
+            return;
+        }
         let this = Arc::clone(self);
         if let Err(error) = spawn_blocking(move || this.run_last()).await {
             log::error("running hooks.poststop", &error);
@@ -200,6 +213,11 @@ impl HostHooks {
                 source,
             })
     }
+}
+
+/// Then no thread is needed.
+fn is_none(hooks: &Option<Vec<Hook>>) -> bool {
+    hooks.as_ref().is_none_or(Vec::is_empty)
 }
 
 /// Its streams are files, so that no hook makes the shim wait by reading or writing too little.

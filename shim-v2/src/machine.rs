@@ -4,6 +4,7 @@
 //! releases what it has. Knows no container.
 
 mod disks;
+mod network;
 mod resize;
 
 use crate::{
@@ -14,8 +15,8 @@ use crate::{
     config::{Config, ConfigError},
     error::ShimError,
     log,
-    network::{NetworkError, Nic, PodNetwork},
-    pod_metrics,
+    network::{Loopback, NetworkError, PodNetwork},
+    pod_metrics, port_forward,
     size::{Size, SizeError},
     spec::HostPart,
     state_dir::StateDir,
@@ -24,15 +25,10 @@ use crate::{
 };
 use protobuf::well_known_types::any::Any;
 use resize::{Growth, bounds, size_at_first};
-use rustix::{
-    io::Errno,
-    net::{RecvFlags, recv},
-};
 use std::{
     collections::HashMap,
     future::Future,
     io,
-    os::fd::AsFd as _,
     path::Path,
     sync::{
         Arc, Mutex, PoisonError,
@@ -40,8 +36,7 @@ use std::{
     },
     time::{Duration, SystemTime},
 };
-use tokio::{io::Interest, net::UnixDatagram, sync::OnceCell, task::spawn_blocking, time::timeout};
-use walnut_agent_api::guest;
+use tokio::{sync::OnceCell, task::spawn_blocking, time::timeout};
 
 /// Between the agent's answer to Shutdown and the VMM's end.
 const POWER_OFF_DEADLINE: Duration = Duration::from_secs(15);
@@ -124,7 +119,7 @@ impl Machine {
         fallback_cgroup: &Path,
         part: &HostPart,
     ) -> Result<Self, MachineError> {
-        let config = Config::load()?;
+        let config = Config::load(&part.config)?;
         let bounds = bounds(&config)?;
         let host = HostResources::acquire(state, fallback_cgroup, part, bounds.vcpus)?;
         let started_at = SystemTime::now();
@@ -133,18 +128,25 @@ impl Machine {
             Ok((range, boot_on(&host, &config, part, range).await?))
         };
         match booted.await {
-            Ok((range, (vm, agent))) => Ok(Self {
-                vm,
-                agent: Arc::new(agent),
-                host,
-                writable_layer_mib: config.writable_layer_mib,
-                disks: Mutex::default(),
-                watches: Mutex::default(),
-                growth: Growth::new(bounds, range, part.wanted.pod.clone()),
-                started_at,
-                ending: AtomicBool::new(false),
-                ended: OnceCell::new(),
-            }),
+            Ok((range, (vm, agent, loopback))) => {
+                let agent = Arc::new(agent);
+                if let Some(loopback) = loopback {
+                    let ended = vm.exited();
+                    tokio::spawn(port_forward::serve(loopback, Arc::clone(&agent), ended));
+                }
+                Ok(Self {
+                    vm,
+                    agent,
+                    host,
+                    writable_layer_mib: config.writable_layer_mib,
+                    disks: Mutex::default(),
+                    watches: Mutex::default(),
+                    growth: Growth::new(bounds, range, part.wanted.pod.clone()),
+                    started_at,
+                    ending: AtomicBool::new(false),
+                    ended: OnceCell::new(),
+                })
+            }
             Err(error) => {
                 host.release().await;
                 Err(error)
@@ -261,68 +263,15 @@ impl Machine {
         }
     }
 
-    /// Undoes [`Machine::expose`] and [`Machine::admit`]. A second time does nothing.
+    /// Undoes [`Machine::expose`]. A second time does nothing.
     pub(crate) async fn withdraw(&self, container_id: &str) -> Result<(), MachineError> {
         if let Some(watches) = &*self.watches.lock().unwrap_or_else(PoisonError::into_inner) {
             watches.remove(container_id);
         }
         self.release_disks(container_id).await;
-        self.dismiss(container_id).await;
         let share = Arc::clone(&self.host.share);
         let container_id = container_id.to_owned();
         Ok(spawn_blocking(move || share.withdraw(&container_id)).await??)
-    }
-
-    /// Gives the guest what has come to the Pod's network since the last look, and takes what has gone.
-    pub(crate) async fn refresh_network(&self) -> Result<(), MachineError> {
-        let mut network = Arc::clone(&self.host.network).lock_owned().await;
-        let (mut network, (wanted, nics)) = spawn_blocking(move || {
-            let looked = network.look()?;
-            Ok::<_, NetworkError>((network, looked))
-        })
-        .await??;
-        for nic in nics {
-            let index = nic.index;
-            match self.vm.attach_network(nic).await {
-                Ok(device) => network.placed(index, device),
-                Err(error) => {
-                    spawn_blocking(move || network.give_up(index)).await?;
-                    return Err(error.into());
-                }
-            }
-        }
-        if let Some(wanted) = network.to_tell(wanted) {
-            self.agent.update_network(&wanted).await?;
-            for device in network.told(wanted) {
-                self.vm.detach(&device).await?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Refreshes the network whenever something changes in the Pod's namespace, until the VM ends.
-    pub(crate) async fn follow_network(self: Arc<Self>) {
-        let news = self.host.network.lock().await.news();
-        let followed = async {
-            let Some(news) = news? else { return Ok(()) };
-            // The type is tokio's for any socket of datagrams.
-            let news = UnixDatagram::from_std(news.into()).map_err(NetworkError::News)?;
-            loop {
-                drain(&news).await.map_err(NetworkError::News)?;
-                if let Err(error) = self.refresh_network().await
-                    && !self.has_exited()
-                {
-                    log::error("following a change of the Pod's network", &error);
-                }
-            }
-        };
-        let followed: Result<(), NetworkError> = tokio::select! {
-            followed = followed => followed,
-            () = self.exited() => return,
-        };
-        if let Err(error) = followed {
-            log::error("following the Pod's network", &error);
-        }
     }
 
     /// Shuts the guest down and ends the VM. Who else asks waits for the same end.
@@ -382,12 +331,6 @@ impl HostResources {
         }
     }
 
-    /// What stands in the Pod's namespace, and devices for what is new in it.
-    async fn look_at_network(&self) -> Result<(guest::Network, Vec<Nic>), MachineError> {
-        let mut network = Arc::clone(&self.network).lock_owned().await;
-        Ok(spawn_blocking(move || network.look()).await??)
-    }
-
     /// Releases everything. What fails stays for the `delete` command, and is told to the log.
     async fn release(&self) {
         let share = Arc::clone(&self.share);
@@ -428,7 +371,7 @@ async fn boot_on(
     config: &Config,
     part: &HostPart,
     (size, most): (Size, Size),
-) -> Result<(Vm, Agent), MachineError> {
+) -> Result<(Vm, Agent, Option<Loopback>), MachineError> {
     let plan = Plan {
         size,
         most,
@@ -443,17 +386,18 @@ async fn boot_on(
     let hostname = hostname(part.hostname.as_deref());
     let set_up = async {
         host.network.lock().await.adopt(vm.pid())?;
+        let loopback = host.take_loopback().await;
         let agent = Agent::connect(host.state.vsock()).await?;
         agent.setup(&hostname, SHARE_TAG, &network).await?;
         host.network.lock().await.told(network);
-        Ok(agent)
+        Ok((agent, loopback))
     };
-    let agent = tokio::select! {
-        agent = set_up => agent,
+    let booted = tokio::select! {
+        booted = set_up => booted,
         () = vm.exited() => Err(MachineError::Ended(vm.describe_end())),
     };
-    match agent {
-        Ok(agent) => Ok((vm, agent)),
+    match booted {
+        Ok((agent, loopback)) => Ok((vm, agent, loopback)),
         Err(error) => {
             vm.kill().await;
             Err(error)
@@ -475,24 +419,4 @@ fn hostname(of_pod: Option<&str>) -> String {
         .or(node.nodename().to_str().ok().filter(plain))
         .unwrap_or(DEFAULT_HOSTNAME)
         .to_owned()
-}
-
-/// Waits until a socket has something, and reads all of it.
-async fn drain(news: &UnixDatagram) -> io::Result<()> {
-    news.readable().await?;
-    let receive = || {
-        let mut datagram = [0; 64];
-        match recv(news.as_fd(), datagram.as_mut_slice(), RecvFlags::empty()) {
-            // Some were lost, which is news too.
-            Ok(_) | Err(Errno::NOBUFS) => Ok(()),
-            Err(error) => Err(io::Error::from(error)),
-        }
-    };
-    loop {
-        match news.try_io(Interest::READABLE, receive) {
-            Ok(()) => {}
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-            Err(error) => return Err(error),
-        }
-    }
 }

@@ -5,13 +5,11 @@
 //! `k8s.io/cri-api`, read here by its field numbers) becomes what the CRI would have put into the OCI
 //! configuration of its own pause container, and so everything else treats both modes alike. Pure.
 
+use crate::fields::Fields;
 use containerd_shim_protos::sandbox_api::CreateSandboxRequest;
 use oci_spec::runtime::Spec;
-use protobuf::{
-    Message as _, UnknownValueRef,
-    well_known_types::{any::Any, empty::Empty},
-};
-use serde_json::{Map, Value, json};
+use protobuf::well_known_types::any::Any;
+use serde_json::json;
 use std::path::Path;
 use walnut_agent_api::{AGENT_PROGRAM, PAUSE_PROGRAM, PAUSE_ROOT};
 
@@ -42,60 +40,6 @@ pub(crate) enum PodConfigError {
     Json(#[from] serde_json::Error),
 }
 
-/// A message whose fields have numbers and no names.
-#[derive(Default)]
-struct Fields(Empty);
-
-impl Fields {
-    fn parse(bytes: &[u8]) -> Result<Self, PodConfigError> {
-        Ok(Self(Empty::parse_from_bytes(bytes)?))
-    }
-
-    /// The values of a field, in order.
-    fn all(&self, number: u32) -> impl Iterator<Item = UnknownValueRef<'_>> {
-        let fields = self.0.special_fields.unknown_fields().iter();
-        fields.filter_map(move |(found, value)| (found == number).then_some(value))
-    }
-
-    fn number(&self, number: u32) -> u64 {
-        match self.all(number).last() {
-            Some(UnknownValueRef::Varint(value)) => value,
-            _ => 0,
-        }
-    }
-
-    fn texts(&self, number: u32) -> impl Iterator<Item = String> {
-        self.all(number).filter_map(|value| match value {
-            UnknownValueRef::LengthDelimited(bytes) => {
-                Some(String::from_utf8_lossy(bytes).into_owned())
-            }
-            _ => None,
-        })
-    }
-
-    fn text(&self, number: u32) -> String {
-        self.texts(number).last().unwrap_or_default()
-    }
-
-    fn message(&self, number: u32) -> Result<Self, PodConfigError> {
-        match self.all(number).last() {
-            Some(UnknownValueRef::LengthDelimited(bytes)) => Self::parse(bytes),
-            _ => Ok(Self::default()),
-        }
-    }
-
-    fn map(&self, number: u32) -> Result<Map<String, Value>, PodConfigError> {
-        let mut map = Map::new();
-        for entry in self.all(number) {
-            if let UnknownValueRef::LengthDelimited(bytes) = entry {
-                let entry = Self::parse(bytes)?;
-                map.insert(entry.text(1), Value::String(entry.text(2)));
-            }
-        }
-        Ok(map)
-    }
-}
-
 /// A Pod, as its containers need it.
 #[derive(Debug)]
 pub(crate) struct PodConfig {
@@ -113,6 +57,13 @@ pub(crate) fn configuration(request: &CreateSandboxRequest) -> Result<PodConfig,
         resolv: resolv(&config)?,
     })
 }
+
+/// What containerd gives a Pod with a pause container unless it is told otherwise (`enable_unprivileged_ports`,
+/// `enable_unprivileged_icmp`); how it is configured is not told to a shim.
+const USUAL_SYSCTLS: [(&str, &str); 2] = [
+    ("net.ipv4.ip_unprivileged_port_start", "0"),
+    ("net.ipv4.ping_group_range", "0 2147483647"),
+];
 
 fn resolv(config: &Fields) -> Result<Option<String>, PodConfigError> {
     if config.all(4).next().is_none() {
@@ -165,6 +116,10 @@ fn pause(request: &CreateSandboxRequest, config: &Fields) -> Result<Spec, PodCon
     if modes.number(1) != NODE {
         namespaces.push(json!({ "type": "network", "path": request.netns_path }));
     }
+    let mut sysctls = linux.map(3)?;
+    for (name, value) in USUAL_SYSCTLS {
+        sysctls.entry(name).or_insert_with(|| json!(value));
+    }
     let spec = json!({
         "ociVersion": "1.2.0",
         "hostname": if modes.number(1) == NODE { String::new() } else { config.text(2) },
@@ -181,7 +136,7 @@ fn pause(request: &CreateSandboxRequest, config: &Fields) -> Result<Spec, PodCon
         "linux": {
             "cgroupsPath": cgroups_path(&linux.text(1), &request.sandbox_id),
             "namespaces": namespaces,
-            "sysctl": linux.map(3)?,
+            "sysctl": sysctls,
         },
     });
     Ok(serde_json::from_value(spec)?)
@@ -192,7 +147,7 @@ fn sandbox_config(options: Option<&Any>) -> Result<Fields, PodConfigError> {
         return Ok(Fields::default());
     };
     match options.type_url.rsplit(['.', '/']).next() {
-        Some("PodSandboxConfig") => Fields::parse(&options.value),
+        Some("PodSandboxConfig") => Ok(Fields::parse(&options.value)?),
         _ => Err(PodConfigError::Type(options.type_url.clone())),
     }
 }
@@ -266,7 +221,9 @@ mod tests {
         let spec = serde_json::to_value(spec).unwrap();
         assert_eq!(spec["hostname"], "web-0");
         assert_eq!(spec["linux"]["cgroupsPath"], "/kubepods/pod-1/pod");
-        assert_eq!(spec["linux"]["sysctl"]["net.core.somaxconn"], "512");
+        let sysctls = &spec["linux"]["sysctl"];
+        assert_eq!(sysctls["net.core.somaxconn"], "512");
+        assert_eq!(sysctls["net.ipv4.ip_unprivileged_port_start"], "0");
         let annotations = &spec["annotations"];
         assert_eq!(annotations["io.kubernetes.cri.sandbox-cpu-quota"], "50000");
         assert_eq!(annotations["io.kubernetes.cri.sandbox-memory"], "1048576");

@@ -16,6 +16,7 @@
 
 use crate::{
     args::is_name,
+    cgroup,
     container::{Container, Exit, Process},
     error::ShimError,
     events::Events,
@@ -23,10 +24,11 @@ use crate::{
     hooks::HostHooks,
     io::{Stdio, Streams},
     log,
-    machine::Machine,
+    machine::{Machine, MachineError},
     out_of_memory,
     pod::{self, Pod},
     pod_files,
+    runtime_options::{ConfigSource, RuntimeOptions},
     sandbox_api::Stage,
     slots::{SlotError, Slots},
     spec::{self, HostPart, Translation},
@@ -147,7 +149,8 @@ impl Sandbox {
             stage => return Err(state_error("use sandbox", &self.id, stage.name())),
         }
         let hooks = HostHooks::take(&mut host_spec, &request.id, &bundle);
-        let part = spec::host_part(&host_spec)?;
+        let mut part = spec::host_part(&host_spec)?;
+        part.config = self.take_options(request)?;
         let root = spec::host_root(&host_spec, &bundle);
         let is_sandbox = pod::is_sandbox(&host_spec);
         let pod = Pod {
@@ -174,10 +177,9 @@ impl Sandbox {
         }
         let numbers = machine.expose(needs).await?;
         spec::renumber(&mut guest, &devices, &numbers);
-        let stdio = self.stdio(request);
         let created = async {
             hooks.creating(machine.pid()).await?;
-            create_in_guest(&machine, request, &guest, stdio).await
+            create_in_guest(&machine, request, &guest, self.stdio(request)).await
         };
         match created.await {
             Ok(init) => {
@@ -197,6 +199,15 @@ impl Sandbox {
                 Err(error)
             }
         }
+    }
+
+    /// The configuration that the runtime's options name; before there is a machine, enters the cgroup that they name.
+    fn take_options(&self, request: &api::CreateTaskRequest) -> Result<ConfigSource, ShimError> {
+        let options = RuntimeOptions::read(request.options.as_ref())?;
+        if let (Some(path), None) = (&options.shim_cgroup, self.running()) {
+            cgroup::enter(path).map_err(MachineError::from)?;
+        }
+        Ok(options.config)
     }
 
     fn stdio(&self, request: &api::CreateTaskRequest) -> Stdio {
@@ -343,6 +354,10 @@ impl Sandbox {
 
     /// Forgets a container; without containers there is no machine, unless the Pod has a life of its own.
     async fn forget(&self, id: &str) {
+        let stays = !self.stage.borrow().is_absent() || !self.containers.is_only(id);
+        if let Some(machine) = self.running().filter(|_| stays) {
+            machine.dismiss(id).await;
+        }
         if !self.containers.remove(id) {
             return;
         }

@@ -68,7 +68,7 @@ impl Task for TaskService {
         _: &TtrpcContext,
         request: api::PidsRequest,
     ) -> ttrpc::Result<api::PidsResponse> {
-        Ok(self.0.pids(&request.id)?)
+        run(Arc::clone(&self.0).pids(request)).await
     }
 
     async fn kill(&self, _: &TtrpcContext, request: api::KillRequest) -> ttrpc::Result<api::Empty> {

@@ -113,6 +113,11 @@ impl<T> Slots<T> {
         slots.is_empty()
     }
 
+    /// Whether no other name is taken.
+    pub(crate) fn is_only(&self, name: &str) -> bool {
+        self.lock().keys().all(|taken| taken == name)
+    }
+
     /// Whether no name is taken.
     pub(crate) fn is_empty(&self) -> bool {
         self.lock().is_empty()
@@ -174,7 +179,8 @@ mod tests {
         let slots: Slots<u8> = Slots::default();
         slots.reserve("a");
         slots.reserve("b");
-        assert!(!slots.remove("a"));
+        assert!(!slots.is_only("b") && !slots.remove("a"));
+        assert!(slots.is_only("b"));
         assert!(slots.remove("b") && slots.is_empty());
     }
 }

@@ -7,6 +7,7 @@
 use crate::{
     mounts::{Bind, MountOptionsError, parse_options},
     pod::{self, Pod},
+    runtime_options::ConfigSource,
     size::{SizeError, Wanted},
 };
 use oci_spec::runtime::{
@@ -77,6 +78,8 @@ pub(crate) struct HostPart {
     pub(crate) wanted: Wanted,
     /// Where its network is.
     pub(crate) network: NetworkNamespace,
+    /// Which configuration the options name.
+    pub(crate) config: ConfigSource,
 }
 
 /// Why a configuration is refused.
@@ -171,6 +174,7 @@ pub(crate) fn host_part(spec: &Spec) -> Result<HostPart, SpecError> {
             .and_then(oci_spec::runtime::Process::oom_score_adj)
             .unwrap_or(0),
         network: path.map_or(NetworkNamespace::New, NetworkNamespace::Path),
+        config: ConfigSource::Node,
     })
 }
 

@@ -134,8 +134,7 @@ fn added_processes_end_as_with_runc() -> Result<()> {
         return Ok(());
     }
     let leak = Leak::watch()?;
-    let containers =
-        BOTH.map(|runtime| runtime.run(BUSYBOX).command(&["sleep", "100000"]).detach());
+    let containers = BOTH.map(|runtime| runtime.run(BUSYBOX).shell("sleep 100000 & wait").detach());
     let [walnut, runc] = containers;
     let (walnut, runc) = (walnut?, runc?);
     for (flags, script) in ADDED {
@@ -159,8 +158,11 @@ fn added_processes_end_as_with_runc() -> Result<()> {
         output.success()?.stdout.len() == length,
         "output of an added process was cut"
     );
-    for question in [["task", "metrics"], ["task", "ps"]] {
-        ctr(&[question[0], question[1], walnut.id()])?.success()?;
+    ctr(&["task", "metrics", walnut.id()])?.success()?;
+    // A head, the shell and its child.
+    for container in [&walnut, &runc] {
+        let processes = ctr(&["task", "ps", container.id()])?.success()?.text();
+        ensure!(processes.lines().count() == 3, "{processes}");
     }
     for container in [walnut, runc] {
         container.kill("SIGKILL")?;

@@ -16,7 +16,6 @@ use walnut_tests::{
     ctr::{BUSYBOX, Container, Run, Runtime, events},
     deadline::{self, Deadline},
     leak::Leak,
-    node::NodeConfig,
     processes, requirement,
     task::any,
 };
@@ -81,8 +80,13 @@ fn a_pod_is_as_large_as_its_limits_and_grows_with_them() -> Result<()> {
         return Ok(());
     }
     let leak = Leak::watch()?;
-    let _config = NodeConfig::write("max_vcpus = 4\n")?;
+    let config = tempfile::NamedTempFile::new()?;
+    fs::write(config.path(), "max_vcpus = 4\n")?;
     let first = sleeping()
+        .flag(&format!(
+            "--runtime-config-path={}",
+            config.path().display()
+        ))
         .flag("--memory-limit=134217728")
         .flag("--cpus=1.5")
         .detach()?;

@@ -3,11 +3,16 @@
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use std::{fs, os::unix::net::UnixStream, path::Path, process::Command};
+use std::{
+    fs,
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
+    process::Command,
+};
 use tempfile::TempDir;
 use walnut_agent_api::containerd::{
     api::{CreateTaskRequest, DeleteResponse, ShutdownRequest},
-    protobuf::Message,
+    protobuf::{Message, well_known_types::any::Any},
     shim_async::TaskClient,
     ttrpc,
     types::introspection::RuntimeInfo,
@@ -18,13 +23,68 @@ use walnut_tests::{
     ctr::Runtime,
     deadline::{self, Deadline},
     leak::Leak,
-    processes,
+    processes::{self, Process},
     programs::Programs,
     requirement::{self, CONTAINERD_SOCKET},
-    task::{Stdio, Tasks, refused},
+    task::{Stdio, Tasks, any, refused},
 };
 
 const NAMESPACE: &str = "walnut-tests";
+
+/// Types of options: of any runtime, and of runc.
+const GENERIC_OPTIONS: &str = "runtimeoptions.v1.Options";
+const RUNC_OPTIONS: &str = "containerd.runc.v1.Options";
+
+/// Options whose fields, by number, are short texts.
+fn options(kind: &str, fields: &[(u8, &str)]) -> Any {
+    let mut value = Vec::new();
+    for (number, text) in fields {
+        // protobuf's wire type 2: a length, and so many bytes.
+        value.extend([number << 3 | 2, text.len().to_le_bytes()[0]]);
+        value.extend(text.as_bytes());
+    }
+    any(kind, value)
+}
+
+/// A cgroup that a shim is asked to be in.
+struct ShimCgroup;
+
+impl ShimCgroup {
+    const PATH: &str = "/walnut-test-shim";
+
+    fn directory() -> PathBuf {
+        Path::new("/sys/fs/cgroup").join(Self::PATH.trim_start_matches('/'))
+    }
+
+    fn new() -> Result<Self> {
+        fs::create_dir(Self::directory()).context("cannot make the shim's cgroup")?;
+        Ok(Self)
+    }
+
+    fn processes(&self) -> Result<Vec<Process>> {
+        let text = fs::read_to_string(Self::directory().join("cgroup.procs"))?;
+        let numbers: Vec<i32> = text.lines().map(str::parse).collect::<Result<_, _>>()?;
+        let all = processes::list()?.into_iter();
+        Ok(all
+            .filter(|process| numbers.contains(&process.pid))
+            .collect())
+    }
+
+    /// Removes it, once the shim is gone.
+    fn remove(self) -> Result<()> {
+        let deadline = Deadline::after(deadline::REQUEST);
+        deadline::until("the shim to leave its cgroup", deadline, || {
+            Ok(fs::remove_dir(Self::directory()).is_ok().then_some(()))
+        })
+    }
+}
+
+impl Drop for ShimCgroup {
+    fn drop(&mut self) {
+        // Where a shim is left in it, that is what the test says.
+        let _ = fs::remove_dir(Self::directory());
+    }
+}
 
 /// A bundle, as containerd lays it out, and its name.
 struct Bundle {
@@ -38,7 +98,7 @@ impl Bundle {
         let rootfs = directory.path().join("rootfs");
         fs::create_dir(&rootfs)?;
         busybox_rootfs(&programs.busybox, &rootfs)?;
-        let spec = spec(Spec::new("rootfs", &["sh", "-c", "uname -r; exit 42"]).networked());
+        let spec = spec(Spec::new("rootfs", &["sh", "-c", "nproc; exit 42"]).networked());
         fs::write(directory.path().join("config.json"), spec.to_json())?;
         let id = format!("test-shim-{}", std::process::id());
         Ok(Self { directory, id })
@@ -50,6 +110,17 @@ impl Bundle {
 
     /// Runs the shim's program as containerd would for this bundle.
     fn shim(&self, programs: &Programs, words: &[&str]) -> Result<Output> {
+        self.shim_with(programs, words, None)
+    }
+
+    /// The same, with options of the runtime.
+    fn shim_with(
+        &self,
+        programs: &Programs,
+        words: &[&str],
+        options: Option<Any>,
+    ) -> Result<Output> {
+        let stdin = options.map_or(Ok(Vec::new()), |options| options.write_to_bytes())?;
         let mut shim = Command::new(&programs.shim);
         shim.args(["-namespace", NAMESPACE, "-id", &self.id])
             .args(["-address", CONTAINERD_SOCKET])
@@ -60,12 +131,12 @@ impl Bundle {
             .env("GRPC_ADDRESS", CONTAINERD_SOCKET)
             .env("NAMESPACE", NAMESPACE)
             .env("MAX_SHIM_VERSION", "3");
-        command::run(&mut shim, Vec::new(), Deadline::after(deadline::REQUEST))
+        command::run(&mut shim, stdin, Deadline::after(deadline::REQUEST))
     }
 
     /// `start`, and a connection to the server.
-    fn start(&self, programs: &Programs) -> Result<Tasks> {
-        let reply = self.shim(programs, &["start"])?.success()?;
+    fn start(&self, programs: &Programs, options: Option<Any>) -> Result<Tasks> {
+        let reply = self.shim_with(programs, &["start"], options)?.success()?;
         // containerd reads both streams as one reply.
         ensure!(reply.stderr.is_empty(), "{reply:?}");
         let parsed: Value = serde_json::from_slice(&reply.stdout)
@@ -173,7 +244,9 @@ fn a_container_runs_from_its_bundle() -> Result<()> {
     };
     let leak = Leak::watch()?;
     let bundle = Bundle::new(&programs, |spec| spec)?;
-    let tasks = bundle.start(&programs)?;
+    let cgroup = ShimCgroup::new()?;
+    let config = options(GENERIC_OPTIONS, &[(3, "vcpus = 2")]);
+    let tasks = bundle.start(&programs, Some(config))?;
     let id = bundle.id.as_str();
     refused(tasks.state(id, ""), ttrpc::Code::NOT_FOUND, &[id])?;
 
@@ -184,17 +257,34 @@ fn a_container_runs_from_its_bundle() -> Result<()> {
         ..Stdio::default()
     };
     let reader = std::thread::spawn(move || fs::read_to_string(stdout));
-    let pid = tasks.create(&bundle.request(&stdio))?;
+    let mut request = bundle.request(&stdio);
+    for (kind, fields, word) in [
+        (RUNC_OPTIONS, (6, "crun"), "binary_name"),
+        ("some.Options", (1, ""), "some.Options"),
+    ] {
+        request.options = Some(options(kind, &[fields])).into();
+        refused(
+            tasks.create(&request),
+            ttrpc::Code::INVALID_ARGUMENT,
+            &[word],
+        )?;
+    }
+    request.options = Some(options(RUNC_OPTIONS, &[(3, ShimCgroup::PATH)])).into();
+    let pid = tasks.create(&request)?;
     ensure!(pid > 0, "no pid");
+    let shims = cgroup.processes()?;
+    ensure!(shims.len() == 1, "in the shim's cgroup: {shims:?}");
+    ensure!(shims[0].runs("containerd-shim-walnut-v2"), "{shims:?}");
     tasks.start(id, "")?;
     ensure!(tasks.wait(id, "")? == 42, "no 42");
     ensure!(tasks.delete(id, "")? == 42, "no 42");
     let text = reader
         .join()
         .map_err(|_| anyhow::anyhow!("a reader panicked"))??;
-    ensure!(!text.trim().is_empty(), "no output");
+    ensure!(text.trim() == "2", "not the vCPUs of the options: {text:?}");
     bundle.shut_down(&tasks)?;
     bundle.shim(&programs, &["delete"])?.success()?;
+    cgroup.remove()?;
     leak.nothing_left()
 }
 
@@ -206,7 +296,7 @@ fn what_a_bundle_asks_for_in_vain_is_named() -> Result<()> {
     let leak = Leak::watch()?;
     let rdt = json!({ "closID": "chosen" });
     let bundle = Bundle::new(&programs, |spec| spec.with("/linux/intelRdt", rdt))?;
-    let tasks = bundle.start(&programs)?;
+    let tasks = bundle.start(&programs, None)?;
     let answer = tasks.create(&bundle.request(&Stdio::default()));
     refused(answer, ttrpc::Code::UNIMPLEMENTED, &["linux.intelRdt"])?;
     bundle.shut_down(&tasks)?;

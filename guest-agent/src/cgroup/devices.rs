@@ -4,15 +4,11 @@
 //! its numbers, and what is to be done with it (make, read, write). For each of these three, the last rule
 //! that speaks of it decides, and what no rule speaks of is refused. Must not load a program.
 
-use crate::{
-    bpf::{
-        CONTEXT, RESULT,
-        code::{
-            AND, EXIT, JUMP_EQUAL, JUMP_NOT_EQUAL, LOAD_WORD, MOVE, MOVE_REGISTER, SHIFT_RIGHT,
-        },
-        instruction,
-    },
-    container::spec::{DeviceRule, DeviceRuleKind},
+use crate::container::spec::{DeviceRule, DeviceRuleKind};
+use walnut_bpf::{
+    CONTEXT, RESULT,
+    code::{AND, EXIT, JUMP_EQUAL, JUMP_NOT_EQUAL, LOAD_WORD, MOVE, MOVE_REGISTER, SHIFT_RIGHT},
+    instruction,
 };
 
 /// Rules at the most, so that a program stays far below the kernel's limits.

@@ -8,10 +8,7 @@ pub(crate) mod devices;
 pub(crate) mod resources;
 pub(crate) mod stats;
 
-use crate::{
-    bpf::kernel::{self, ProgramKind},
-    syscall,
-};
+use crate::syscall;
 use resources::Setting;
 use rustix::{
     fs::{CWD, Mode, OFlags, openat},
@@ -25,6 +22,7 @@ use std::{
     time::Duration,
 };
 use tokio::{io::Interest, time::timeout};
+use walnut_bpf::kernel::{self, ProgramKind};
 
 /// Directory of all containers' cgroups, below the root of the hierarchy.
 const CONTAINERS: &str = "walnut";

@@ -4,6 +4,7 @@
 
 pub(crate) mod boot;
 pub(crate) mod changes;
+pub(crate) mod dial;
 pub(crate) mod mounts;
 pub(crate) mod network;
 pub(crate) mod online;

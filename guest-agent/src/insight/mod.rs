@@ -13,15 +13,13 @@ mod recorder;
 pub(crate) use record_program::SETUP_NAME;
 pub(crate) use recorder::{Record, Recorder};
 
-use crate::{
-    bpf::kernel::{
-        self, Map, MapKind, MapShape, NO_PREALLOCATION, ProgramKind, attach_to_tracepoint,
-    },
-    cgroup::{CgroupError, Hierarchy},
-};
+use crate::cgroup::{CgroupError, Hierarchy};
 use kept::Kept;
 use std::{collections::HashMap, fs, io, os::fd::OwnedFd, time::Duration};
 use tokio::time::Instant;
+use walnut_bpf::kernel::{
+    self, Map, MapKind, MapShape, NO_PREALLOCATION, ProgramKind, attach_to_tracepoint,
+};
 
 /// Threads whose calls can be in progress at once; more, and the call that has lasted longest isn't counted.
 const MAX_THREADS: u32 = 8192;

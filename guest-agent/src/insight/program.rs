@@ -4,18 +4,13 @@
 //! both run with preemption off, so that the values of one processor need no lock. A call is counted when
 //! it returns; the two that never do, when they begin. Must not load a program.
 
-use crate::bpf::{Assembler, CONTEXT, RESULT, STACK, code};
+use walnut_bpf::{
+    Assembler, CONTEXT, RESULT, STACK, code,
+    function::{ANCESTOR_CGROUP_ID, MAP_DELETE, MAP_LOOKUP, MAP_UPDATE, THREAD_ID, TIME_NS},
+};
 
 /// Depth of a container's cgroup below the root of the hierarchy.
 const CONTAINER_LEVEL: i32 = 2;
-
-/// The kernel's helpers (`enum bpf_func_id`).
-const MAP_LOOKUP: i32 = 1;
-const MAP_UPDATE: i32 = 2;
-const MAP_DELETE: i32 = 3;
-const TIME_NS: i32 = 5;
-const THREAD_ID: i32 = 14;
-const ANCESTOR_CGROUP_ID: i32 = 123;
 
 /// `BPF_NOEXIST`.
 const IF_ABSENT: i32 = 1;

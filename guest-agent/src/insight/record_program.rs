@@ -6,7 +6,7 @@
 //! [`SETUP_NAME`]. A program that takes this name hides its calls, and is then refused more, never less. Must
 //! not load a program.
 
-use crate::bpf::{Assembler, CONTEXT, RESULT, STACK, code};
+use walnut_bpf::{Assembler, CONTEXT, RESULT, STACK, code};
 
 /// What `walnut-init` calls itself (`PR_SET_NAME`) until it is the container's program.
 pub(crate) const SETUP_NAME: &std::ffi::CStr = c"walnut-init";

@@ -6,10 +6,7 @@
 use super::{
     Hierarchy, InsightError, Kept, map, numbers, possible_processors, record_program, sum,
 };
-use crate::{
-    bpf::kernel::{self, Map, MapKind, ProgramKind, attach_to_trace_event},
-    file_system,
-};
+use crate::file_system;
 use rustix::{
     fs::{Mode, OFlags, openat},
     mount::MountAttrFlags,
@@ -23,6 +20,7 @@ use std::{
     time::Duration,
 };
 use tokio::time::{Instant, timeout};
+use walnut_bpf::kernel::{self, Map, MapKind, ProgramKind, attach_to_trace_event};
 
 /// For one answer to wait for a container's end.
 const MAX_WAIT: Duration = Duration::from_secs(10);

@@ -4,7 +4,11 @@
 
 use super::{Agent, AgentError, CALL_DEADLINE, SHUTDOWN_DEADLINE, call};
 use protobuf::MessageField;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::{
+    net::SocketAddr,
+    time::{SystemTime, UNIX_EPOCH},
+};
+use tokio::net::UnixStream;
 use walnut_agent_api::guest;
 
 impl Agent {
@@ -126,6 +130,22 @@ impl Agent {
         })
         .await?;
         Ok(())
+    }
+
+    /// `Guest.Dial`: a connection to what listens on an address of the guest's loopback; a refusal of code
+    /// `UNAVAILABLE` if nobody does.
+    pub(crate) async fn dial(&self, address: SocketAddr) -> Result<UnixStream, AgentError> {
+        let (stream, connection) = self.open_stream().await?;
+        let request = guest::DialRequest {
+            stream,
+            address: address.to_string(),
+            ..Default::default()
+        };
+        call("Dial", CALL_DEADLINE, |context| {
+            self.guest.dial(context, &request)
+        })
+        .await?;
+        Ok(connection)
     }
 
     /// `Guest.WatchVolumes`, before the container is created.

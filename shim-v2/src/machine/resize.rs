@@ -35,6 +35,8 @@ pub(super) struct Growth {
 struct State {
     sizing: Sizing,
     size: Size,
+    /// vCPUs that the guest uses: one that did not answer may use fewer than it has.
+    online: u8,
 }
 
 impl Growth {
@@ -43,6 +45,7 @@ impl Growth {
         let state = State {
             sizing: Sizing::new(pod),
             size: range.0,
+            online: range.0.vcpus,
         };
         Self {
             bounds,
@@ -60,6 +63,8 @@ impl Machine {
         let settled = self.settle(&mut growth).await;
         if settled.is_err() {
             growth.sizing.forget(id);
+            // The first error is the one to tell.
+            let _ = self.resize(&mut growth).await;
         }
         settled
     }
@@ -69,14 +74,14 @@ impl Machine {
         self.growth.state.lock().await.size
     }
 
-    /// Gives up the room of a container that has gone, as far as the guest goes along.
+    /// Undoes [`Machine::admit`], as far as the guest goes along. A second time does nothing.
     pub(crate) async fn dismiss(&self, id: &str) {
         let mut growth = self.growth.state.lock().await;
         growth.sizing.forget(id);
         if self.has_exited() {
             return;
         }
-        if let Err(error) = self.settle(&mut growth).await {
+        if let Err(error) = self.resize(&mut growth).await {
             log::error("making the VM smaller", &error);
         }
     }
@@ -101,13 +106,24 @@ impl Machine {
         if updated.is_err() {
             growth.sizing.replace(&request.id, before);
             // The first error is the one to tell.
-            let _ = self.settle(&mut growth).await;
+            let _ = self.resize(&mut growth).await;
         }
         updated
     }
 
-    /// Makes the VM as large as its containers want it, and lets the host's cgroup follow.
+    /// Makes the VM as large as its containers want it, and has the guest use it.
     async fn settle(&self, growth: &mut State) -> Result<(), ShimError> {
+        self.resize(growth).await?;
+        let vcpus = growth.size.vcpus;
+        if growth.online < vcpus {
+            self.ask(self.agent.online(vcpus)).await?;
+            growth.online = vcpus;
+        }
+        Ok(())
+    }
+
+    /// Makes the VM as large as its containers want it, and lets the host's cgroup follow.
+    async fn resize(&self, growth: &mut State) -> Result<(), ShimError> {
         let room = self.host.cgroup.room_mib();
         let wanted = growth.sizing.size(&self.growth.bounds, room);
         let wanted = wanted.map_err(MachineError::from)?;
@@ -127,14 +143,13 @@ impl Machine {
         }
         let vcpus = (size.vcpus != growth.size.vcpus).then_some(size.vcpus);
         let memory = (size.memory_mib != growth.size.memory_mib).then_some(size.memory_mib);
-        let resize = async {
-            self.vm.resize(vcpus, memory).await?;
-            if vcpus.is_some() {
-                self.agent.online(size.vcpus).await?;
-            }
-            Ok::<(), MachineError>(())
+        let resized = async {
+            self.vm
+                .resize(vcpus, memory)
+                .await
+                .map_err(MachineError::from)
         };
-        self.ask(resize).await?;
+        self.ask(resized).await?;
         growth.size = size;
         Ok(())
     }

@@ -5,6 +5,7 @@
 //! of the CNI's is changed but for filters, which `record` undoes; taps go with the VMM. Everything here blocks.
 //! Must not know the VM or the agent: `machine` carries what is found to both.
 
+mod loopback;
 mod namespace;
 mod netlink;
 mod record;
@@ -12,7 +13,7 @@ mod redirect;
 mod snapshot;
 mod tap;
 
-pub(crate) use self::record::undo;
+pub(crate) use self::{loopback::Loopback, record::undo};
 
 use self::{
     namespace::Namespace,
@@ -186,6 +187,20 @@ impl PodNetwork {
         let news =
             namespace.run(|| Socket::of_news().map_err(failed("following", namespace.path())))?;
         Ok(Some(news))
+    }
+
+    /// Takes the connections to the loopback addresses of a namespace that the Pod has named.
+    pub(crate) fn loopback(&self) -> Result<Option<Loopback>, NetworkError> {
+        let (Some(namespace), Some(_)) = (&self.namespace, &self.record) else {
+            return Ok(None);
+        };
+        let taken = namespace.run(|| {
+            Loopback::take(namespace.file()).map_err(failed(
+                "taking the loopback connections of",
+                namespace.path(),
+            ))
+        })?;
+        Ok(Some(taken))
     }
 
     /// Looks what there is now: redirects interfaces that are new, and gives their devices for the VMM.

@@ -32,11 +32,27 @@ const API: &str = include_str!("api.proto");
 pub struct Cri {
     api: FileDescriptor,
     runtime: Runtime,
+    /// The node's name for the runtime and how it runs.
+    handler: &'static str,
 }
 
 impl Cri {
-    /// Reads the API; Pods will run with this runtime.
+    /// Pods will run with this runtime.
     pub fn with(runtime: Runtime) -> Result<Self> {
+        let handler = match runtime {
+            Runtime::Walnut => "walnut",
+            Runtime::Runc => "runc",
+        };
+        Self::with_handler(runtime, handler)
+    }
+
+    /// Pods will run with Walnut by containerd's Sandbox API, without a pause container.
+    pub fn by_sandbox_api() -> Result<Self> {
+        Self::with_handler(Runtime::Walnut, "walnut-sandbox")
+    }
+
+    /// Reads the API.
+    fn with_handler(runtime: Runtime, handler: &'static str) -> Result<Self> {
         let folder = tempfile::tempdir().context("cannot make a directory")?;
         let file = folder.path().join("api.proto");
         fs::write(&file, API).context("cannot write api.proto")?;
@@ -48,7 +64,11 @@ impl Cri {
             .context("cannot read api.proto")?;
         let files = FileDescriptor::new_dynamic_fds(parsed.file, &[]).context("api.proto")?;
         let api = files.into_iter().next().context("no file in api.proto")?;
-        Ok(Self { api, runtime })
+        Ok(Self {
+            api,
+            runtime,
+            handler,
+        })
     }
 
     /// Who runs the Pods.

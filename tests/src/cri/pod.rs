@@ -1,7 +1,7 @@
 //! A Pod, as the kubelet makes it: a cgroup, a directory for logs, a sandbox.
 
 use super::{Container, Cri, Refused, merge, text};
-use crate::ctr::{self, Runtime};
+use crate::ctr;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 use std::{
@@ -61,7 +61,7 @@ impl Cri {
             },
         });
         merge(&mut config, over);
-        let request = json!({ "config": config, "runtime_handler": handler(self.runtime()) });
+        let request = json!({ "config": config, "runtime_handler": self.handler });
         let answer = self.call("RunPodSandbox", request)?;
         Ok(Pod {
             cri: self,
@@ -69,13 +69,6 @@ impl Cri {
             config,
             files,
         })
-    }
-}
-
-fn handler(runtime: Runtime) -> &'static str {
-    match runtime {
-        Runtime::Walnut => "walnut",
-        Runtime::Runc => "runc",
     }
 }
 

@@ -22,7 +22,7 @@ pub(crate) fn how_containers_live_and_end(cri: &Cri) -> Result<()> {
     )
 }
 
-fn exec_sync(pod: &mut Pod<'_>) -> Result<()> {
+pub(crate) fn exec_sync(pod: &mut Pod<'_>) -> Result<()> {
     let container = pod.shell("exec", SERVE, json!({}))?;
     let result = container.exec("echo out; echo err >&2; exit 42")?;
     ensure!(

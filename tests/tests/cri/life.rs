@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use std::{collections::BTreeSet, sync::Barrier};
+use std::{collections::BTreeSet, sync::Barrier, time::Instant};
 use walnut_tests::{
     cri::{Cri, says},
     deadline::{self, Deadline},
@@ -12,7 +12,7 @@ use walnut_tests::{
 
 use crate::pod::SERVE;
 
-/// As many as the lab's memory has room for, with Walnut.
+/// How many Pods come at once, unless `WALNUT_MANY_PODS` says otherwise.
 const MANY: usize = 8;
 
 pub(crate) fn the_end_of_a_pod_with_all_in_it(cri: &Cri) -> Result<()> {
@@ -103,6 +103,11 @@ pub(crate) fn containerd_restarts_under_a_pod(cri: &Cri) -> Result<()> {
 }
 
 pub(crate) fn many_pods_at_once(cri: &Cri) -> Result<()> {
+    let many = match std::env::var("WALNUT_MANY_PODS") {
+        Ok(many) => many.parse().context("WALNUT_MANY_PODS")?,
+        Err(_) => MANY,
+    };
+    let since = Instant::now();
     let run = || -> Result<(_, String)> {
         let pod = cri.pod(json!({}))?;
         {
@@ -113,15 +118,15 @@ pub(crate) fn many_pods_at_once(cri: &Cri) -> Result<()> {
         Ok((pod, address))
     };
     let pods = std::thread::scope(|scope| -> Result<Vec<_>> {
-        let threads: Vec<_> = (0..MANY).map(|_| scope.spawn(run)).collect();
+        let threads: Vec<_> = (0..many).map(|_| scope.spawn(run)).collect();
         let joined = threads.into_iter().map(|thread| thread.join());
         joined
             .map(|pod| pod.map_err(|_| anyhow::anyhow!("a thread panicked"))?)
             .collect()
     })?;
     let addresses: BTreeSet<&String> = pods.iter().map(|(_, address)| address).collect();
-    ensure!(addresses.len() == MANY, "{addresses:?}");
-    println!("{MANY} Pods: {}", memory()?);
+    ensure!(addresses.len() == many, "{addresses:?}");
+    println!("{many} Pods in {:?}: {}", since.elapsed(), memory()?);
     std::thread::scope(|scope| {
         let threads: Vec<_> = pods
             .iter()

@@ -3,37 +3,48 @@
 mod container;
 mod life;
 mod pod;
+mod sandbox_api;
 mod streams;
 
 use anyhow::{Context, Result};
 use walnut_tests::{cri::Cri, ctr::Runtime, leak::Leak, requirement};
 
-fn tell(runtime: Runtime, story: fn(&Cri) -> Result<()>) -> Result<()> {
+fn tell(cri: impl FnOnce() -> Result<Cri>, story: fn(&Cri) -> Result<()>) -> Result<()> {
     if requirement::containerd()?.is_none() {
         return Ok(());
     }
     let leak = Leak::watch()?;
-    story(&Cri::with(runtime)?)?;
+    story(&cri()?)?;
     leak.nothing_left().context("after the story")
 }
 
-/// Each story, with each runtime; those of `walnut` with Walnut alone.
+/// Each story, with each runtime; those of `walnut` with Walnut alone, those of `sandbox` by the Sandbox API.
 macro_rules! stories {
-    (both: [$($module:ident::$story:ident),* $(,)?], walnut: [$($ours:ident::$own:ident),* $(,)?] $(,)?) => {
+    (
+        both: [$($module:ident::$story:ident),* $(,)?],
+        walnut: [$($ours:ident::$own:ident),* $(,)?],
+        sandbox: [$($apis:ident::$api:ident),* $(,)?] $(,)?
+    ) => {
         mod runc {
             $(#[test]
             fn $story() -> anyhow::Result<()> {
-                super::tell(super::Runtime::Runc, super::$module::$story)
+                super::tell(|| super::Cri::with(super::Runtime::Runc), super::$module::$story)
             })*
         }
         mod walnut {
             $(#[test]
             fn $story() -> anyhow::Result<()> {
-                super::tell(super::Runtime::Walnut, super::$module::$story)
+                super::tell(|| super::Cri::with(super::Runtime::Walnut), super::$module::$story)
             })*
             $(#[test]
             fn $own() -> anyhow::Result<()> {
-                super::tell(super::Runtime::Walnut, super::$ours::$own)
+                super::tell(|| super::Cri::with(super::Runtime::Walnut), super::$ours::$own)
+            })*
+        }
+        mod sandbox {
+            $(#[test]
+            fn $api() -> anyhow::Result<()> {
+                super::tell(super::Cri::by_sandbox_api, super::$apis::$api)
             })*
         }
     };
@@ -52,4 +63,5 @@ stories! {
     ],
     // runc's shim is left behind now and then when its Pod is removed half made.
     walnut: [life::a_pod_is_removed_while_it_starts],
+    sandbox: [sandbox_api::a_pod_that_is_the_shims, life::the_end_of_a_pod_with_all_in_it],
 }

@@ -78,7 +78,7 @@ fn the_node_is_ready(cri: &Cri) -> Result<()> {
     Ok(())
 }
 
-fn is_ready(pod: &mut Pod<'_>) -> Result<()> {
+pub(crate) fn is_ready(pod: &mut Pod<'_>) -> Result<()> {
     let status = pod.status()?;
     ensure!(status["state"] == "SANDBOX_READY", "{status}");
     says(&pod.address()?, &["10.88."])?;
@@ -86,7 +86,7 @@ fn is_ready(pod: &mut Pod<'_>) -> Result<()> {
     says(&text(other)?, &["fd00:88::"])
 }
 
-fn share(pod: &mut Pod<'_>) -> Result<()> {
+pub(crate) fn share(pod: &mut Pod<'_>) -> Result<()> {
     let script = format!("while :; do echo pong | nc -l -p 8080; done & {SERVE}");
     let server = pod.shell("server", &script, json!({}))?;
     let client = pod.shell("client", SERVE, json!({}))?;
@@ -154,7 +154,7 @@ fn process(pod: &mut Pod<'_>) -> Result<()> {
     container.remove()
 }
 
-fn names(pod: &mut Pod<'_>) -> Result<()> {
+pub(crate) fn names(pod: &mut Pod<'_>) -> Result<()> {
     let container = pod.shell("names", SERVE, json!({}))?;
     ensure!(
         container.output("hostname; cat /etc/hostname")? == "a-pod\na-pod",
@@ -173,7 +173,7 @@ fn names(pod: &mut Pod<'_>) -> Result<()> {
     container.remove()
 }
 
-fn sysctls(pod: &mut Pod<'_>) -> Result<()> {
+pub(crate) fn sysctls(pod: &mut Pod<'_>) -> Result<()> {
     let container = pod.shell("sysctls", SERVE, json!({}))?;
     let read = "cat /proc/sys/net/ipv4/tcp_keepalive_time /proc/sys/kernel/shm_rmid_forced";
     ensure!(

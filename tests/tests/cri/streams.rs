@@ -113,25 +113,48 @@ fn attach(pod: &mut Pod<'_>) -> Result<()> {
     container.remove()
 }
 
+/// A server of both families on the loopback addresses alone, and one of IPv6 alone; `echo` says what it is told.
+const SERVERS: &str = "mkdir -p /www/cgi-bin; seq 20000 > /www/numbers; cd /www/cgi-bin; \
+    printf '#!/bin/sh\\nprintf \"Content-Type: text/plain\\\\r\\\\n\\\\r\\\\n\"\\ncat\\necho .\\n' > echo; chmod +x echo; \
+    httpd -p 127.0.0.1:8081 -h /www; httpd -f -p '[::1]:8082' -h /www";
+
 fn port_forward(pod: &mut Pod<'_>) -> Result<()> {
-    let script = "mkdir /www; seq 20000 > /www/numbers; httpd -f -p 127.0.0.1:8081 -h /www";
-    let container = pod.shell("http", script, json!({}))?;
-    let listens = "wget -q -O /dev/null http://127.0.0.1:8081/numbers";
-    deadline::until("the server", Deadline::after(deadline::REQUEST), || {
-        Ok((container.exec(listens)?.code == 0).then_some(()))
-    })?;
-    let request = b"GET /numbers HTTP/1.0\r\n\r\n";
-    let answer = forward(&pod.port_forward(8081)?, request, |bytes| {
-        bytes.ends_with(b"\n20000\n")
-    });
-    if pod.cri().runtime() == Runtime::Walnut {
-        // containerd dials the node's side of the Pod's network (docs/limitations.md).
-        let refused = answer.err().context("port-forward works")?;
-        says(&format!("{refused:#}"), &["connection refused"])?;
-    } else {
-        let answer = answer.context("the forwarded port")?;
+    let container = pod.shell("http", SERVERS, json!({}))?;
+    for address in ["127.0.0.1:8081", "[::1]:8082"] {
+        let listens = format!("wget -q -O /dev/null http://{address}/numbers");
+        deadline::until("the server", Deadline::after(deadline::REQUEST), || {
+            Ok((container.exec(&listens)?.code == 0).then_some(()))
+        })?;
+    }
+    for port in [8081, 8082] {
+        let request = b"GET /numbers HTTP/1.0\r\n\r\n";
+        let answer = forward(&pod.port_forward(port)?, request, |bytes| {
+            bytes.ends_with(b"\n20000\n")
+        });
+        let answer = answer.with_context(|| format!("port {port}"))?;
         says(&String::from_utf8_lossy(&answer[..20]), &["200 OK"])?;
     }
+    // Much, both ways.
+    let body: String = (1..=50_000).map(|number| format!("{number}\n")).collect();
+    let head = "POST /cgi-bin/echo HTTP/1.0\r\nContent-Length:";
+    let request = format!("{head} {}\r\n\r\n{body}", body.len());
+    let answer = forward(&pod.port_forward(8081)?, request.as_bytes(), |bytes| {
+        bytes.ends_with(b"\n.\n")
+    })?;
+    let answer = String::from_utf8(answer)?;
+    let echoed = answer
+        .split_once("\r\n\r\n")
+        .context("no end of the head")?;
+    ensure!(echoed.1 == format!("{body}.\n"), "{} bytes", answer.len());
+    // Where nobody listens, the caller is told.
+    let nobody = forward(&pod.port_forward(8083)?, b"hello", |_| false);
+    let refused = nobody.err().context("somebody listens on port 8083")?;
+    // Walnut has accepted the connection before the guest refuses it.
+    let how = match pod.cri().runtime() {
+        Runtime::Walnut => "connection reset by peer",
+        Runtime::Runc => "connection refused",
+    };
+    says(&format!("{refused:#}"), &[how])?;
     container.stop(0)?;
     container.remove()
 }

@@ -47,7 +47,7 @@ pub(crate) const EXCEPTIONS: &[Exception] = &[
     ),
     (
         "unsafe",
-        "guest-agent/src/bpf/kernel.rs",
+        "bpf/src/kernel.rs",
         "bpf(2) and perf_event_open(2), which no safe wrapper of ours offers, each use behind a safe function",
     ),
     (

@@ -1,5 +1,6 @@
 //! The devices that hostile drivers are let loose on. A new device is one more function here and one more target.
 
+use super::bytes::Bytes;
 use crate::devices::{
     console_log::ConsoleLog,
     virtio::{
@@ -127,12 +128,87 @@ pub(super) fn share() -> Subject {
     let path = directory.path().to_str().expect(HOST);
     let pending = ShareServer::before_jail(path).expect(HOST);
     let server = pending.after_jail(false, None).expect(HOST);
-    // FUSE_LOOKUP of "file" in the root: length, operation, unique, node, user, group, process, padding.
-    let mut lookup = [45_u32, 1, 7, 0, 1, 0, 0, 0, 0, 0]
-        .map(u32::to_le_bytes)
-        .concat();
-    lookup.extend(b"file\0");
+    let lookup = fuse(FUSE_LOOKUP, (1, 0, 0), b"file\0");
     Subject::new(FileSystem::new("fuzz", server, 1), lookup, directory)
+}
+
+/// The queue of the shared directory's requests.
+pub(super) const SHARE_REQUESTS: u16 = 1;
+const FUSE_LOOKUP: u32 = 1;
+const FUSE_SETATTR: u32 = 4;
+const FUSE_MKNOD: u32 = 8;
+const FUSE_MKDIR: u32 = 9;
+const FUSE_UNLINK: u32 = 10;
+const FUSE_RMDIR: u32 = 11;
+const FUSE_RENAME: u32 = 12;
+const FUSE_OPEN: u32 = 14;
+const FUSE_GETXATTR: u32 = 22;
+const FUSE_INIT: u32 = 26;
+const FUSE_RENAME2: u32 = 45;
+/// Group of an announcement for which no name exists.
+const NO_NAME: u32 = 0x7761_6c30;
+/// The guest's thread that announces.
+const ANNOUNCER: u32 = 4711;
+
+/// A message: its operation, its node, group and process, and its body.
+fn fuse(operation: u32, (node, group, process): (u64, u32, u32), body: &[u8]) -> Vec<u8> {
+    const HEADER_BYTES: usize = 40;
+    let length = u32::try_from(HEADER_BYTES + body.len()).unwrap_or(u32::MAX);
+    let front = [length, operation, 7, 0].map(u32::to_le_bytes).concat();
+    let back = [0, group, process, 0].map(u32::to_le_bytes).concat();
+    [&front[..], &node.to_le_bytes(), &back, body].concat()
+}
+
+/// What the guest's kernel says first, and then its announcer.
+pub(super) fn become_announcer() -> [Vec<u8>; 2] {
+    let mut init = [7, 38, 1 << 17, u32::MAX].map(u32::to_le_bytes).concat();
+    init.resize(64, 0);
+    let attribute = [&[0; 8][..], b"trusted.walnut.announcer\0"].concat();
+    [
+        fuse(FUSE_INIT, (0, 0, 0), &init),
+        fuse(FUSE_GETXATTR, (1, 0, ANNOUNCER), &attribute),
+    ]
+}
+
+/// A message that the announcer may send, mostly, with a body of the fuzzer's.
+pub(super) fn announcement(bytes: &mut Bytes<'_>) -> Vec<u8> {
+    const OPERATIONS: [u32; 9] = [
+        FUSE_LOOKUP,
+        FUSE_MKNOD,
+        FUSE_MKDIR,
+        FUSE_UNLINK,
+        FUSE_RMDIR,
+        FUSE_RENAME,
+        FUSE_RENAME2,
+        FUSE_SETATTR,
+        FUSE_OPEN,
+    ];
+    let choice = usize::from(bytes.byte());
+    let operation = OPERATIONS.get(choice % 12);
+    let operation = operation
+        .copied()
+        .unwrap_or_else(|| u32::from(bytes.byte()));
+    let group = NO_NAME + u32::from(bytes.byte() % 4);
+    let process = match bytes.byte() {
+        byte if byte < 0xd0 => ANNOUNCER,
+        byte => byte.into(),
+    };
+    // The root and what was found are small numbers.
+    let node = bytes.byte().into();
+    let mut body = Vec::new();
+    match operation {
+        // Its name follows where it is moved to.
+        FUSE_RENAME => body.extend(u64::from(bytes.byte()).to_le_bytes()),
+        FUSE_MKNOD => body.extend([0; 16]),
+        FUSE_MKDIR | FUSE_OPEN => body.extend([0; 8]),
+        _ => {}
+    }
+    match bytes.byte() {
+        byte if byte < 0x60 => body.extend(b"file\0"),
+        byte if byte < 0xa0 => body.extend(b"a\0b\0"),
+        byte => body.extend(bytes.some(byte.into())),
+    }
+    fuse(operation, (node, group, process), &body)
 }
 
 pub(super) fn socket() -> Subject {

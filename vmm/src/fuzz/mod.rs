@@ -20,6 +20,9 @@ use walnut_vmm_api::{Message, Request};
 /// A name, and what is done with the fuzzer's bytes.
 pub type Target = (&'static str, fn(&[u8]));
 
+/// Requests of one announcer, so that more bytes don't mean more time.
+const MAX_ANNOUNCEMENTS: usize = 100;
+
 /// All targets, each named as its file in `vmm/fuzz/fuzz_targets`.
 pub const TARGETS: &[Target] = &[
     ("control_message", control_message),
@@ -28,6 +31,7 @@ pub const TARGETS: &[Target] = &[
     ("vsock_handshake", vsock_handshake),
     ("block_request", block_request),
     ("fs_message", fs_message),
+    ("fs_announcement", fs_announcement),
     ("balloon_report", balloon_report),
     ("transport", transport),
     ("device_balloon", device_balloon),
@@ -103,7 +107,28 @@ pub fn block_request(data: &[u8]) {
 
 /// One FUSE message, with room for an answer.
 pub fn fs_message(data: &[u8]) {
-    one_request(devices::share(), 1, data);
+    one_request(devices::share(), devices::SHARE_REQUESTS, data);
+}
+
+/// Requests of the guest's announcer of host changes, one after another, and of others between them.
+pub fn fs_announcement(data: &[u8]) {
+    let mut driver = Driver::new(devices::share());
+    driver.start();
+    let mut request = |message: &[u8]| {
+        driver.offer_request(devices::SHARE_REQUESTS, message);
+        driver.kick(devices::SHARE_REQUESTS);
+    };
+    devices::become_announcer()
+        .iter()
+        .for_each(|message| request(message));
+    let mut bytes = Bytes::new(data);
+    for _ in 0..MAX_ANNOUNCEMENTS {
+        if bytes.is_empty() {
+            break;
+        }
+        request(&devices::announcement(&mut bytes));
+    }
+    driver.finish();
 }
 
 /// One report of pages that the guest doesn't use: sixteen bytes for each descriptor.
@@ -238,7 +263,7 @@ mod tests {
 
     #[test]
     fn messages_survive_any_bytes() {
-        for name in ["fs_message", "balloon_report"] {
+        for name in ["fs_message", "fs_announcement", "balloon_report"] {
             survives(name, 100);
         }
     }

@@ -146,7 +146,11 @@ impl Story {
             .writable_disk(&self.disk())
             .share_of(&self.share())
             .vsock()
-            .network(Network::new(TAP))
+            // As the shim gives it, where the host has it.
+            .network(Network {
+                vhost: true,
+                ..Network::new(TAP)
+            })
             .start()?;
         let sockets = sockets::Way::Unix(vm.socket_path());
         Ok(Guest {

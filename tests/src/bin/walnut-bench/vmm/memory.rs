@@ -3,7 +3,7 @@
 use super::guest::{Killed, Peer};
 use crate::{
     console::Console,
-    qemu,
+    persist, qemu,
     report::{Better, Report, Row, Samples},
 };
 use anyhow::{Context, Result};
@@ -120,8 +120,8 @@ pub(crate) fn given_back(report: &mut Report, programs: &Programs) -> Result<()>
     report.add(Row {
         what: "guest RAM after 128 MiB came and went",
         unit: "MiB",
-        walnut: Samples::of([kept(Peer::Walnut)?]),
-        other: Some((super::OTHER, Samples::of([kept(Peer::Qemu)?]))),
+        walnut: Samples::of([persist(|| kept(Peer::Walnut))?]),
+        other: Some((super::OTHER, Samples::of([persist(|| kept(Peer::Qemu))?]))),
         better: Better::Less,
         aim_ratio: Some(1.0),
         aim_most: None,

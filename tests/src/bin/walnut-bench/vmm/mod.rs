@@ -9,7 +9,7 @@ pub(crate) mod memory;
 mod sockets;
 
 use crate::{
-    progress,
+    persist, progress,
     report::{Better, Report, Row, Samples},
 };
 use anyhow::{Context, Result};
@@ -126,16 +126,22 @@ type Figures = BTreeMap<String, Vec<f64>>;
 pub(crate) fn measure(report: &mut Report, programs: &Programs, runs: usize) -> Result<()> {
     let story = Story::prepare(programs)?;
     let (mut ours, mut theirs) = (Figures::new(), Figures::new());
+    memory::given_back(report, programs)?;
+    for run in 1..=runs {
+        for (peer, figures) in [(Peer::Walnut, &mut ours), (Peer::Qemu, &mut theirs)] {
+            progress(&format!("memory of {}, {run} of {runs}", peer.name()));
+            for vcpus in [1, 8] {
+                let mib = persist(|| memory::overhead_mib(programs, peer, vcpus))?;
+                let name = format!("memory.{vcpus}");
+                figures.entry(name).or_default().push(mib);
+            }
+        }
+    }
     for run in 1..=runs {
         for (peer, figures) in [(Peer::Walnut, &mut ours), (Peer::Qemu, &mut theirs)] {
             progress(&format!("devices of {}, {run} of {runs}", peer.name()));
-            for (name, value) in story.tell(programs, peer)? {
+            for (name, value) in persist(|| story.tell(programs, peer))? {
                 figures.entry(name).or_default().push(value);
-            }
-            for vcpus in [1, 8] {
-                let mib = memory::overhead_mib(programs, peer, vcpus)?;
-                let name = format!("memory.{vcpus}");
-                figures.entry(name).or_default().push(mib);
             }
         }
     }
@@ -159,5 +165,5 @@ pub(crate) fn measure(report: &mut Report, programs: &Programs, runs: usize) -> 
             aim_most: None,
         });
     }
-    memory::given_back(report, programs)
+    Ok(())
 }

@@ -14,13 +14,16 @@ use std::{
 
 const BPF_MAP_CREATE: libc::c_int = 0;
 const BPF_MAP_LOOKUP_ELEM: libc::c_int = 1;
+const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
 const BPF_MAP_DELETE_ELEM: libc::c_int = 3;
 const BPF_MAP_GET_NEXT_KEY: libc::c_int = 4;
 const BPF_PROG_LOAD: libc::c_int = 5;
 const BPF_PROG_ATTACH: libc::c_int = 8;
 const BPF_RAW_TRACEPOINT_OPEN: libc::c_int = 17;
+const BPF_LINK_CREATE: libc::c_int = 28;
 
 const BPF_CGROUP_DEVICE: u32 = 6;
+const BPF_SK_LOOKUP: u32 = 36;
 const BPF_F_ALLOW_MULTI: u32 = 2;
 
 const PERF_TYPE_TRACEPOINT: u32 = 2;
@@ -34,18 +37,20 @@ const LOAD_ATTEMPTS: u32 = 100;
 
 /// Kinds of programs (`enum bpf_prog_type`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum ProgramKind {
+pub enum ProgramKind {
     /// Called at a trace event with its fields.
     Tracepoint = 5,
     /// Asked whether a process of a cgroup may use a device.
     CgroupDevice = 15,
     /// Called at a tracepoint with its arguments as they are.
     RawTracepoint = 17,
+    /// Asked which socket of a network namespace takes a connection (Linux 5.9).
+    SocketLookup = 30,
 }
 
 /// Kinds of maps (`enum bpf_map_type`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum MapKind {
+pub enum MapKind {
     /// One value for each key.
     Hash = 1,
     /// One value for each key and processor.
@@ -54,25 +59,27 @@ pub(crate) enum MapKind {
     PerProcessorArray = 6,
     /// The entry that was used longest ago makes room.
     LeastRecentlyUsedHash = 9,
+    /// Sockets by index. One that is closed is taken out.
+    Sockets = 15,
 }
 
 /// The shape of a map.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct MapShape {
+pub struct MapShape {
     /// Its kind.
-    pub(crate) kind: MapKind,
+    pub kind: MapKind,
     /// Bytes of a key.
-    pub(crate) key: u32,
+    pub key: u32,
     /// Bytes of a value, of one processor.
-    pub(crate) value: u32,
+    pub value: u32,
     /// Entries at the most.
-    pub(crate) entries: u32,
+    pub entries: u32,
     /// `BPF_F_*`.
-    pub(crate) flags: u32,
+    pub flags: u32,
 }
 
 /// Memory is taken entry by entry (`BPF_F_NO_PREALLOC`).
-pub(crate) const NO_PREALLOCATION: u32 = 1;
+pub const NO_PREALLOCATION: u32 = 1;
 
 /// `bpf_attr` of `BPF_MAP_CREATE`, up to the last field that is used.
 #[repr(C)]
@@ -132,6 +139,15 @@ struct PerfEvent {
     rest: [u64; 6],
 }
 
+/// `bpf_attr` of `BPF_LINK_CREATE`, up to the last field that is used.
+#[repr(C)]
+struct LinkCreate {
+    program_fd: u32,
+    target_fd: u32,
+    kind: u32,
+    flags: u32,
+}
+
 /// `bpf_attr` of `BPF_RAW_TRACEPOINT_OPEN`.
 #[repr(C)]
 struct TracepointOpen {
@@ -169,11 +185,7 @@ fn owned(descriptor: RawFd) -> OwnedFd {
 }
 
 /// Loads a program of encoded instructions. `name` is for who lists programs: at most 15 letters and `_`.
-pub(crate) fn load(
-    kind: ProgramKind,
-    name: &'static str,
-    instructions: &[u64],
-) -> io::Result<OwnedFd> {
+pub fn load(kind: ProgramKind, name: &'static str, instructions: &[u64]) -> io::Result<OwnedFd> {
     let mut padded = [0; 16];
     for (to, from) in padded.iter_mut().take(15).zip(name.bytes()) {
         *to = from;
@@ -190,10 +202,10 @@ pub(crate) fn load(
         flags: 0,
         name: padded,
         interface_index: 0,
-        expected_attach_type: if kind == ProgramKind::CgroupDevice {
-            BPF_CGROUP_DEVICE
-        } else {
-            0
+        expected_attach_type: match kind {
+            ProgramKind::CgroupDevice => BPF_CGROUP_DEVICE,
+            ProgramKind::RawTracepoint => 0,
+            ProgramKind::SocketLookup => BPF_SK_LOOKUP,
         },
     };
     let load = || bpf(BPF_PROG_LOAD, &attributes);
@@ -207,7 +219,7 @@ pub(crate) fn load(
 }
 
 /// Attaches a device program to a cgroup directory; it joins those of the parents, each of which can refuse.
-pub(crate) fn attach_to_cgroup(cgroup: &impl AsFd, program: &impl AsFd) -> io::Result<()> {
+pub fn attach_to_cgroup(cgroup: &impl AsFd, program: &impl AsFd) -> io::Result<()> {
     let attributes = ProgramAttach {
         target_fd: number(cgroup.as_fd()),
         program_fd: number(program.as_fd()),
@@ -218,7 +230,7 @@ pub(crate) fn attach_to_cgroup(cgroup: &impl AsFd, program: &impl AsFd) -> io::R
 }
 
 /// Calls a program at a tracepoint as long as the result lives.
-pub(crate) fn attach_to_tracepoint(
+pub fn attach_to_tracepoint(
     name: &'static std::ffi::CStr,
     program: &impl AsFd,
 ) -> io::Result<OwnedFd> {
@@ -231,7 +243,7 @@ pub(crate) fn attach_to_tracepoint(
 }
 
 /// Calls a program at the trace event of this number, on every processor, as long as the result lives.
-pub(crate) fn attach_to_trace_event(event: u64, program: &impl AsFd) -> io::Result<OwnedFd> {
+pub fn attach_to_trace_event(event: u64, program: &impl AsFd) -> io::Result<OwnedFd> {
     let attributes = PerfEvent {
         kind: PERF_TYPE_TRACEPOINT,
         size: u32::try_from(size_of::<PerfEvent>()).map_err(io::Error::other)?,
@@ -268,16 +280,27 @@ pub(crate) fn attach_to_trace_event(event: u64, program: &impl AsFd) -> io::Resu
     Ok(link)
 }
 
+/// Asks a program for the sockets of a network namespace as long as the result lives; the namespace may end before.
+pub fn attach_to_network(namespace: &impl AsFd, program: &impl AsFd) -> io::Result<OwnedFd> {
+    let attributes = LinkCreate {
+        program_fd: number(program.as_fd()),
+        target_fd: number(namespace.as_fd()),
+        kind: BPF_SK_LOOKUP,
+        flags: 0,
+    };
+    bpf(BPF_LINK_CREATE, &attributes).map(owned)
+}
+
 /// A map.
 #[derive(Debug)]
-pub(crate) struct Map {
+pub struct Map {
     descriptor: OwnedFd,
     shape: MapShape,
 }
 
 impl Map {
     /// Makes a map.
-    pub(crate) fn create(shape: MapShape) -> io::Result<Self> {
+    pub fn create(shape: MapShape) -> io::Result<Self> {
         let attributes = MapCreate {
             kind: shape.kind as u32,
             key_size: shape.key,
@@ -290,12 +313,28 @@ impl Map {
     }
 
     /// The number by which a program names it.
-    pub(crate) fn descriptor(&self) -> RawFd {
+    pub fn descriptor(&self) -> RawFd {
         self.descriptor.as_raw_fd()
     }
 
+    /// Puts a socket that listens into a map of sockets of 8 bytes, with indices for keys.
+    pub fn put_socket(&self, index: u32, socket: &impl AsFd) -> io::Result<()> {
+        if (self.shape.key, self.shape.value) != (4, 8) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let value = u64::from(number(socket.as_fd()));
+        let attributes = MapElement {
+            map_fd: number(self.descriptor.as_fd()),
+            unused: 0,
+            key: std::ptr::from_ref(&index).addr() as u64,
+            value: std::ptr::from_ref(&value).addr() as u64,
+            flags: 0,
+        };
+        bpf(BPF_MAP_UPDATE_ELEM, &attributes).map(drop)
+    }
+
     /// The key that comes after `key`, or the first; keys that come and go meanwhile may be missed.
-    pub(crate) fn next_key(&self, key: Option<&[u8]>) -> io::Result<Option<Vec<u8>>> {
+    pub fn next_key(&self, key: Option<&[u8]>) -> io::Result<Option<Vec<u8>>> {
         let mut next = vec![0; size(self.shape.key)?];
         if key.is_some_and(|key| key.len() != next.len()) {
             return Err(io::ErrorKind::InvalidInput.into());
@@ -315,7 +354,7 @@ impl Map {
     }
 
     /// Removes a key; removing what is gone succeeds.
-    pub(crate) fn remove(&self, key: &[u8]) -> io::Result<()> {
+    pub fn remove(&self, key: &[u8]) -> io::Result<()> {
         if key.len() != size(self.shape.key)? {
             return Err(io::ErrorKind::InvalidInput.into());
         }
@@ -334,7 +373,7 @@ impl Map {
 
     /// The value of each of `processors` (all that the kernel might ever have), one after the other, each
     /// padded to 8 bytes.
-    pub(crate) fn values(&self, key: &[u8], processors: usize) -> io::Result<Option<Vec<u8>>> {
+    pub fn values(&self, key: &[u8], processors: usize) -> io::Result<Option<Vec<u8>>> {
         let each = size(self.shape.value)?.next_multiple_of(8);
         if key.len() != size(self.shape.key)? {
             return Err(io::ErrorKind::InvalidInput.into());
