@@ -1,7 +1,10 @@
-//! bpf(2), each use as one safe function.
+//! bpf(2), and perf_event_open(2) where a program is attached by it, each use as one safe function.
 //!
-//! Linux, `include/uapi/linux/bpf.h`. Must not hold policy.
-#![allow(unsafe_code, reason = "bpf(2) has no safe wrapper")]
+//! Linux, `include/uapi/linux/bpf.h`, `include/uapi/linux/perf_event.h`. Must not hold policy.
+#![allow(
+    unsafe_code,
+    reason = "bpf(2) and perf_event_open(2) have no safe wrapper"
+)]
 
 use std::{
     io,
@@ -12,6 +15,7 @@ use std::{
 const BPF_MAP_CREATE: libc::c_int = 0;
 const BPF_MAP_LOOKUP_ELEM: libc::c_int = 1;
 const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
+const BPF_MAP_DELETE_ELEM: libc::c_int = 3;
 const BPF_MAP_GET_NEXT_KEY: libc::c_int = 4;
 const BPF_PROG_LOAD: libc::c_int = 5;
 const BPF_PROG_ATTACH: libc::c_int = 8;
@@ -22,6 +26,11 @@ const BPF_CGROUP_DEVICE: u32 = 6;
 const BPF_SK_LOOKUP: u32 = 36;
 const BPF_F_ALLOW_MULTI: u32 = 2;
 
+const PERF_TYPE_TRACEPOINT: u32 = 2;
+const PERF_FLAG_FD_CLOEXEC: libc::c_ulong = 8;
+const PERF_EVENT_IOC_ENABLE: libc::Ioctl = 0x2400;
+const PERF_EVENT_IOC_SET_BPF: libc::Ioctl = 0x4004_2408;
+
 /// The kernel's verifier gives up with EAGAIN when a signal comes, such as that of a child's end; the signal
 /// has been handled when the call returns, so each attempt can only be disturbed by a further one.
 const LOAD_ATTEMPTS: u32 = 100;
@@ -29,6 +38,8 @@ const LOAD_ATTEMPTS: u32 = 100;
 /// Kinds of programs (`enum bpf_prog_type`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ProgramKind {
+    /// Called at a trace event with its fields.
+    Tracepoint = 5,
     /// Asked whether a process of a cgroup may use a device.
     CgroupDevice = 15,
     /// Called at a tracepoint with its arguments as they are.
@@ -40,6 +51,8 @@ pub enum ProgramKind {
 /// Kinds of maps (`enum bpf_map_type`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MapKind {
+    /// One value for each key.
+    Hash = 1,
     /// One value for each key and processor.
     PerProcessorHash = 5,
     /// One value for each index and processor.
@@ -113,6 +126,17 @@ struct ProgramAttach {
     program_fd: u32,
     kind: u32,
     flags: u32,
+}
+
+/// `perf_event_attr`, as far as its first version goes.
+#[repr(C)]
+#[derive(Default)]
+struct PerfEvent {
+    kind: u32,
+    size: u32,
+    config: u64,
+    /// Nothing is sampled, nothing read, no flag set.
+    rest: [u64; 6],
 }
 
 /// `bpf_attr` of `BPF_LINK_CREATE`, up to the last field that is used.
@@ -218,6 +242,44 @@ pub fn attach_to_tracepoint(
     bpf(BPF_RAW_TRACEPOINT_OPEN, &attributes).map(owned)
 }
 
+/// Calls a program at the trace event of this number, on every processor, as long as the result lives.
+pub fn attach_to_trace_event(event: u64, program: &impl AsFd) -> io::Result<OwnedFd> {
+    let attributes = PerfEvent {
+        kind: PERF_TYPE_TRACEPOINT,
+        size: u32::try_from(size_of::<PerfEvent>()).map_err(io::Error::other)?,
+        config: event,
+        ..PerfEvent::default()
+    };
+    let (every_process, processor, no_group) = (-1_i32, 0_i32, -1_i32);
+    // SAFETY: the kernel reads `attributes`, which outlives the call and is as large as it says.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_perf_event_open,
+            &raw const attributes,
+            every_process,
+            processor,
+            no_group,
+            PERF_FLAG_FD_CLOEXEC,
+        )
+    };
+    let link = match RawFd::try_from(result) {
+        Ok(value) if value >= 0 => owned(value),
+        _ => return Err(io::Error::last_os_error()),
+    };
+    let program = program.as_fd().as_raw_fd();
+    for (request, argument) in [
+        (PERF_EVENT_IOC_SET_BPF, program),
+        (PERF_EVENT_IOC_ENABLE, 0),
+    ] {
+        // SAFETY: both requests take a number; the kernel takes its own reference to the program.
+        let result = unsafe { libc::ioctl(link.as_raw_fd(), request, argument) };
+        if result != 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(link)
+}
+
 /// Asks a program for the sockets of a network namespace as long as the result lives; the namespace may end before.
 pub fn attach_to_network(namespace: &impl AsFd, program: &impl AsFd) -> io::Result<OwnedFd> {
     let attributes = LinkCreate {
@@ -288,6 +350,24 @@ impl Map {
             Ok(_) => Ok(Some(next)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
+        }
+    }
+
+    /// Removes a key; removing what is gone succeeds.
+    pub fn remove(&self, key: &[u8]) -> io::Result<()> {
+        if key.len() != size(self.shape.key)? {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let attributes = MapElement {
+            map_fd: number(self.descriptor.as_fd()),
+            unused: 0,
+            key: key.as_ptr().addr() as u64,
+            value: 0,
+            flags: 0,
+        };
+        match bpf(BPF_MAP_DELETE_ELEM, &attributes) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
         }
     }
 

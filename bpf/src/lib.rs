@@ -31,14 +31,24 @@ pub mod code {
     pub const SUBTRACT_REGISTER: u8 = 0x1f;
     /// The bits of a number alone.
     pub const AND: u8 = 0x57;
+    /// The bits of a register too.
+    pub const OR_REGISTER: u8 = 0x4f;
+    /// Up by so many bits.
+    pub const SHIFT_LEFT: u8 = 0x67;
     /// Down by so many bits.
     pub const SHIFT_RIGHT: u8 = 0x77;
     /// Always.
     pub const JUMP: u8 = 0x05;
     /// If equal to a number.
     pub const JUMP_EQUAL: u8 = 0x15;
+    /// If equal to a register.
+    pub const JUMP_EQUAL_REGISTER: u8 = 0x1d;
+    /// If more than a number, without signs.
+    pub const JUMP_MORE: u8 = 0x25;
     /// If not equal to a number.
     pub const JUMP_NOT_EQUAL: u8 = 0x55;
+    /// If not equal to a register.
+    pub const JUMP_NOT_EQUAL_REGISTER: u8 = 0x5d;
     /// If less than a number, without signs.
     pub const JUMP_LESS: u8 = 0xa5;
     /// If not more than a register, without signs.
@@ -111,6 +121,15 @@ impl Assembler {
     /// Calls a helper of the kernel, see [`function`].
     pub fn call(&mut self, helper: i32) -> &mut Self {
         self.add(code::CALL, 0, 0, 0, helper)
+    }
+
+    /// Puts a number of 64 bits into a register; takes two instructions.
+    pub fn wide(&mut self, register: u8, number: u64) -> &mut Self {
+        let [l0, l1, l2, l3, h0, h1, h2, h3] = number.to_le_bytes();
+        let low = i32::from_le_bytes([l0, l1, l2, l3]);
+        let high = i32::from_le_bytes([h0, h1, h2, h3]);
+        self.add(code::LOAD_WIDE_IMMEDIATE, register, 0, 0, low)
+            .add(0, 0, 0, 0, high)
     }
 
     /// Puts a map into a register; takes two instructions.

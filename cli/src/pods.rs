@@ -196,6 +196,15 @@ impl Shim {
         answer.await.map_err(|error| self.refused(&error))
     }
 
+    /// What one of them has called, for a profile.
+    pub(crate) async fn record(
+        &self,
+        request: &pod::RecordRequest,
+    ) -> Result<pod::RecordResponse, PodError> {
+        let answer = self.client.record(within(GUEST_DEADLINE), request);
+        answer.await.map_err(|error| self.refused(&error))
+    }
+
     fn refused(&self, error: &ttrpc::Error) -> PodError {
         let message = match error {
             ttrpc::Error::RpcStatus(status) => status.message.clone(),

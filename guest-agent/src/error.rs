@@ -35,6 +35,7 @@ impl From<TaskError> for ttrpc::Error {
             TaskError::Unsupported(_) | TaskError::Spec(SpecError::Unsupported { .. }) => {
                 Code::UNIMPLEMENTED
             }
+            TaskError::Insight(error) => insight_code(error),
             TaskError::Id { .. }
             | TaskError::Signal(_)
             | TaskError::Size { .. }
@@ -115,10 +116,14 @@ impl From<DialError> for ttrpc::Error {
 
 impl From<InsightError> for ttrpc::Error {
     fn from(error: InsightError) -> Self {
-        let code = match &error {
-            InsightError::Keep(_) => Code::INVALID_ARGUMENT,
-            InsightError::Kernel { .. } | InsightError::Cgroup(_) => Code::INTERNAL,
-        };
-        status(&error, code)
+        status(&error, insight_code(&error))
+    }
+}
+
+fn insight_code(error: &InsightError) -> Code {
+    match error {
+        InsightError::Keep(_) | InsightError::Annotation { .. } => Code::INVALID_ARGUMENT,
+        InsightError::Container(_) => Code::NOT_FOUND,
+        InsightError::Kernel { .. } | InsightError::Cgroup(_) => Code::INTERNAL,
     }
 }

@@ -5,7 +5,7 @@
 use crate::{
     cgroup::{CgroupError, Hierarchy},
     guest::{Guest, changes::Volumes},
-    insight::SyscallCounter,
+    insight::{Recorder, SyscallCounter},
     reaper::Reaper,
     service::{GuestService, TaskService},
     stdio::Streams,
@@ -79,9 +79,11 @@ where
     let streams = Streams::default();
     let hierarchy = Hierarchy::prepare(&config.cgroup_root)?;
     let syscalls = SyscallCounter::new(hierarchy.clone());
+    let recorder = Recorder::new(hierarchy.clone());
     let tasks = Arc::new(Tasks::new(Machinery {
         program: config.program.clone(),
         hierarchy,
+        recorder: recorder.clone(),
         profiles: Arc::default(),
         reaper: Reaper::start().map_err(ServeError::Reaper)?,
         streams: streams.clone(),
@@ -94,6 +96,7 @@ where
         tasks: Arc::clone(&tasks),
         volumes: Arc::clone(&volumes),
         syscalls,
+        recorder,
         streams: streams.clone(),
         boot_time: config.boot_time,
         end: Arc::clone(&end),

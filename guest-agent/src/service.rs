@@ -5,7 +5,7 @@
 use crate::{
     cgroup::stats,
     guest::{Guest, changes::Volumes, dial, online},
-    insight::SyscallCounter,
+    insight::{Record, Recorder, SyscallCounter},
     reaper::Exit,
     stdio::Streams,
     storage::Storage,
@@ -219,6 +219,7 @@ pub(crate) struct GuestService {
     pub(crate) tasks: Arc<Tasks>,
     pub(crate) volumes: Arc<Volumes>,
     pub(crate) syscalls: SyscallCounter,
+    pub(crate) recorder: Recorder,
     pub(crate) streams: Streams,
     /// Of the agent, see `AgentConfig`.
     pub(crate) boot_time: Duration,
@@ -364,6 +365,34 @@ impl guest_ttrpc::Guest for GuestService {
             missed: counted.missed,
             ..Default::default()
         })
+    }
+
+    async fn record(
+        &self,
+        _: &TtrpcContext,
+        r: guest_api::RecordRequest,
+    ) -> Result<guest_api::RecordResponse> {
+        let first = self.tasks.process(&r.container_id, "")?;
+        let recorder = &self.recorder;
+        let record = recorder.record(&r.container_id, r.keep_ms, r.wait_ms, first.wait());
+        Ok(recorded(record.await?))
+    }
+}
+
+fn recorded(record: Record) -> guest_api::RecordResponse {
+    let uses = record.uses.into_iter();
+    let uses = uses.map(|(number, class)| guest_api::SyscallUse {
+        number,
+        class,
+        ..Default::default()
+    });
+    guest_api::RecordResponse {
+        elapsed_ns: u64::try_from(record.elapsed.as_nanos()).unwrap_or(u64::MAX),
+        whole: record.whole,
+        ended: record.ended,
+        uses: uses.collect(),
+        missed: record.missed,
+        ..Default::default()
     }
 }
 

@@ -15,6 +15,8 @@ use walnut_shim_api::{pod, pod_ttrpc};
 
 /// Rows that are passed on at the most, as many as a truthful guest has.
 const MAX_COUNTS: usize = 16384;
+/// Calls of one container, which are told apart by less than this.
+const MAX_USES: usize = 2048;
 
 /// The Pod service of one Pod.
 pub(crate) struct PodService(pub(crate) Arc<Sandbox>);
@@ -35,6 +37,14 @@ impl pod_ttrpc::Pod for PodService {
         request: pod::SyscallsRequest,
     ) -> ttrpc::Result<pod::SyscallsResponse> {
         Ok(syscalls(&self.0, &request).await?)
+    }
+
+    async fn record(
+        &self,
+        _: &TtrpcContext,
+        request: pod::RecordRequest,
+    ) -> ttrpc::Result<pod::RecordResponse> {
+        Ok(record(&self.0, request).await?)
     }
 }
 
@@ -89,6 +99,39 @@ async fn syscalls(
         elapsed_ns: counted.elapsed_ns,
         counts: counts.map(pass_on).collect(),
         missed: counted.missed,
+        ..Default::default()
+    })
+}
+
+async fn record(
+    sandbox: &Sandbox,
+    request: pod::RecordRequest,
+) -> Result<pod::RecordResponse, ShimError> {
+    if sandbox.containers.get(&request.container_id).is_none() {
+        return Err(ShimError::NoContainer(request.container_id));
+    }
+    let machine = sandbox.living()?;
+    let request = guest::RecordRequest {
+        container_id: request.container_id,
+        keep_ms: request.keep_ms,
+        wait_ms: request.wait_ms,
+        ..Default::default()
+    };
+    let recorded = machine
+        .ask(Agent::record(machine.agent(), &request))
+        .await?;
+    let uses = recorded.uses.into_iter().take(MAX_USES);
+    let uses = uses.map(|one| pod::SyscallUse {
+        number: one.number,
+        class: one.class,
+        ..Default::default()
+    });
+    Ok(pod::RecordResponse {
+        elapsed_ns: recorded.elapsed_ns,
+        whole: recorded.whole,
+        ended: recorded.ended,
+        uses: uses.collect(),
+        missed: recorded.missed,
         ..Default::default()
     })
 }

@@ -1,5 +1,5 @@
-//! `walnut`, the command: what it says of Pods, and what it counts of system calls, against what the
-//! containers are known to do.
+//! `walnut`, the command: what it says of Pods and the machine, and what it counts and records of system calls,
+//! against what the containers are known to do.
 
 use anyhow::{Context, Result, bail, ensure};
 use rustix::process::Signal;
@@ -27,6 +27,32 @@ for _ in range(50):
     except OSError: pass
 time.sleep(0.3)";
 
+/// A server and a language at work: what is recorded of it is enough to do it again.
+const WORK: &str = r#"
+set -e
+redis-server --save "" --port 7000 >/dev/null &
+until redis-cli -p 7000 ping 2>/dev/null | grep -q PONG; do :; done
+redis-cli -p 7000 set nut wal
+redis-cli -p 7000 get nut
+redis-cli -p 7000 shutdown nosave || true
+wait
+python3 -c '
+import socket, subprocess, tempfile, threading
+with tempfile.TemporaryFile() as file: file.write(b"nut")
+a, b = socket.socketpair()
+thread = threading.Thread(target=a.sendall, args=[b"nut"])
+thread.start()
+print(b.recv(3), subprocess.run(["true"]).returncode)
+thread.join()'
+"#;
+const WORK_SAYS: &str = "OK\nwal\nb'nut' 0";
+/// What the work doesn't do: a socket of another family, and a call that nothing else makes.
+const MISCHIEF: &str = "
+import os, socket
+for attempt in (lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW), lambda: os.sched_rr_get_interval(0)):
+    try: print('done', attempt())
+    except OSError as error: print(error.strerror)";
+
 fn walnut(arguments: &[&str]) -> Result<Output> {
     let mut walnut = Command::new("walnut");
     command::run(
@@ -49,15 +75,18 @@ fn pods_and_their_calls_are_shown_as_they_are() -> Result<()> {
 
     let container = Runtime::Walnut
         .run(DEBIAN)
+        .flag("--annotation")
+        .flag("walnut.record=true")
         .command(&["sleep", "infinity"])
         .detach()?;
     listed(container.id())?;
+    checked()?;
     counted(&container)?;
     shown(&container)?;
     let words = "container \"nobody\" does not exist";
     let nobody = walnut(&["syscalls", container.id(), "nobody"])?.exits(1)?;
     ensure!(nobody.stderr.contains(words), "{nobody:?}");
-    drop(container);
+    recorded(container)?;
     ensure!(walnut(&["ps", "--json"])?.success()?.text().is_empty());
     leak.nothing_left()
 }
@@ -73,6 +102,97 @@ fn listed(id: &str) -> Result<()> {
     ensure!(named, "{pod}");
     let table = walnut(&["ps"])?.success()?.text();
     ensure!(table.contains(&format!("{id} (running)")), "{table}");
+    Ok(())
+}
+
+fn checked() -> Result<()> {
+    let check = walnut(&["check", "--hardening", "--json"])?;
+    let findings: Vec<Value> = serde_json::from_str(&check.text()).context(check.text())?;
+    let find = |id: &str| {
+        let found = findings.iter().find(|finding| finding["id"] == id);
+        found.with_context(|| format!("no {id} in {findings:?}"))
+    };
+    for id in [
+        "kvm",
+        "programs",
+        "containerd",
+        "file-modes",
+        "vmms",
+        "host-devices",
+    ] {
+        ensure!(find(id)?["result"] == "pass", "{}", find(id)?);
+    }
+    ensure!(
+        find("vmms")?["what"].to_string().contains("1 run"),
+        "{}",
+        find("vmms")?
+    );
+    let kernel = find("guest-kernel")?;
+    ensure!(!kernel["what"].to_string().contains("built in"), "{kernel}");
+    let table = walnut(&["check"])?.text();
+    ensure!(table.starts_with("pass  kvm "), "{table}");
+    Ok(())
+}
+
+/// What was recorded lets the same work be done again, and nothing else; and it was recorded without a filter.
+fn recorded(container: Container) -> Result<()> {
+    let id = container.id().to_owned();
+    let folder = tempfile::tempdir()?;
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    let (profile, end) = (path("work.json"), path("end.json"));
+    let work = container.shell(WORK)?.success()?;
+    ensure!(work.text() == WORK_SAYS, "{work:?}");
+    walnut(&["profile", "record", &id, &id, "-o", &profile, "--for", "0"])?.success()?;
+    let text = std::fs::read_to_string(&profile)?;
+    ensure!(text.contains("from its start while it ran"), "{text}");
+    let test = ["profile", "test", &profile, &id, &id, "--for", "0"];
+    let good = walnut(&test)?.success()?.text();
+    ensure!(good.starts_with("nothing of "), "{good}");
+    container.exec(&["python3", "-c", MISCHIEF])?.success()?;
+    let bad = walnut(&test)?.exits(4)?.text();
+    for words in [
+        "socket",
+        "AF_NETLINK",
+        "sched_rr_get_interval",
+        "SCMP_ACT_ERRNO",
+    ] {
+        ensure!(bad.contains(words), "{bad}");
+    }
+    let mut recording = Command::new("walnut");
+    recording.args(["profile", "record", &id, &id, "-o", &end]);
+    let recording = command::start(&mut recording, Vec::new())?;
+    container.kill("SIGKILL")?;
+    container.wait_for("STOPPED")?;
+    recording.wait(Deadline::after(deadline::BOOT))?.success()?;
+    let text = std::fs::read_to_string(&end)?;
+    ensure!(text.contains("from its start to its end"), "{text}");
+    drop(container);
+    applied(&profile, &end, &path("merged.json"))
+}
+
+fn applied(profile: &str, whole: &str, merged: &str) -> Result<()> {
+    walnut(&["profile", "merge", profile, whole, "-o", merged])?.success()?;
+    let run = |profile: &str| {
+        let script = format!("{WORK}\npython3 -c \"$MISCHIEF\"");
+        Runtime::Walnut
+            .run(DEBIAN)
+            .flag("--seccomp")
+            .flag("--seccomp-profile")
+            .flag(profile)
+            .flag("--env")
+            .flag(&format!("MISCHIEF={MISCHIEF}"))
+            .shell(&script)
+            .finish()?
+            .success()
+    };
+    let refused = run(profile)?.text();
+    let no = "Operation not permitted";
+    ensure!(refused == format!("{WORK_SAYS}\n{no}\n{no}"), "{refused}");
+    let allowed = run(merged)?.text();
+    ensure!(
+        allowed.starts_with(&format!("{WORK_SAYS}\ndone ")),
+        "{allowed}"
+    );
     Ok(())
 }
 

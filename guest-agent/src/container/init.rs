@@ -18,6 +18,7 @@ use super::{
 };
 use crate::{
     apparmor,
+    insight::SETUP_NAME,
     syscall::{self, Side, SingleThread},
 };
 use nix::sched::{CloneFlags, setns, unshare};
@@ -91,6 +92,7 @@ fn first_stage(
     // Processes of the container must not look into this one while it still is the agent's program.
     let alone = SingleThread::check().map_err(SetupError::step("cannot fork"))?;
     nix::sys::prctl::set_dumpable(false).map_err(SetupError::step("cannot become undumpable"))?;
+    nix::sys::prctl::set_name(SETUP_NAME).map_err(SetupError::step("cannot set a name"))?;
     let process = job.process();
     identity::set_usual_limits()?;
     identity::set_oom_score(process.oom_score_adj)?;

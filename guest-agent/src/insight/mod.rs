@@ -1,20 +1,22 @@
-//! What containers do to the guest's kernel: counts, errors and times of their system calls.
+//! What containers do to the guest's kernel: counts, errors and times of their system calls, and for a profile
+//! which ones they are.
 //!
 //! Costs nothing until somebody asks: the first question attaches the programs, and when nobody has asked for
 //! as long as the last one wanted, they go, with what they counted. Must not know tasks: containers are
 //! cgroups here.
 
+mod kept;
 mod program;
+mod record_program;
+mod recorder;
+
+pub(crate) use record_program::SETUP_NAME;
+pub(crate) use recorder::{Record, Recorder};
 
 use crate::cgroup::{CgroupError, Hierarchy};
-use std::{
-    collections::HashMap,
-    fs, io,
-    os::fd::OwnedFd,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
-};
-use tokio::time::{Instant, sleep_until};
+use kept::Kept;
+use std::{collections::HashMap, fs, io, os::fd::OwnedFd, time::Duration};
+use tokio::time::Instant;
 use walnut_bpf::kernel::{
     self, Map, MapKind, MapShape, NO_PREALLOCATION, ProgramKind, attach_to_tracepoint,
 };
@@ -32,6 +34,15 @@ pub(crate) enum InsightError {
     /// A time that is none.
     #[error("keep_ms {0} must be 1 to {max}", max = MAX_KEEP.as_millis())]
     Keep(u32),
+    /// A container that isn't there, or has been deleted.
+    #[error("container {0:?} not found")]
+    Container(String),
+    /// An annotation that says neither yes nor no.
+    #[error("annotation {name} {value:?} is neither \"true\" nor \"false\"", name = recorder::ANNOTATION)]
+    Annotation {
+        /// What it says.
+        value: String,
+    },
     /// The kernel refuses.
     #[error("cannot {attempted}")]
     Kernel {
@@ -77,14 +88,13 @@ pub(crate) struct Counts {
 #[derive(Debug, Clone)]
 pub(crate) struct SyscallCounter {
     hierarchy: Hierarchy,
-    active: Arc<Mutex<Option<Active>>>,
+    active: Kept<Active>,
 }
 
 /// Programs that count.
 #[derive(Debug)]
 struct Active {
     began: Instant,
-    until: Instant,
     counts: Map,
     missed: Map,
     _begun: Map,
@@ -96,51 +106,16 @@ impl SyscallCounter {
     pub(crate) fn new(hierarchy: Hierarchy) -> Self {
         Self {
             hierarchy,
-            active: Arc::default(),
+            active: Kept::default(),
         }
     }
 
     /// What was counted so far; begins to count if nobody has asked before. Counting goes on for `keep_ms`
     /// milliseconds after this, at the least.
     pub(crate) fn read(&self, keep_ms: u32) -> Result<Counts, InsightError> {
-        let keep = Duration::from_millis(keep_ms.into());
-        if keep.is_zero() || keep > MAX_KEEP {
-            return Err(InsightError::Keep(keep_ms));
-        }
-        let until = Instant::now() + keep;
-        let mut active = self.lock();
-        if active.is_none() {
-            tokio::spawn(stop_in_time(Arc::clone(&self.active)));
-        }
-        let counting = match active.take() {
-            Some(counting) => counting,
-            None => Active::start()?,
-        };
-        let counting = active.insert(counting);
-        counting.until = counting.until.max(until);
-        let containers = self.hierarchy.containers()?;
-        counting.collect(&containers)
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Option<Active>> {
-        self.active.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// Detaches the programs when nobody has asked for long enough.
-async fn stop_in_time(active: Arc<Mutex<Option<Active>>>) {
-    loop {
-        let until = {
-            let mut active = active.lock().unwrap_or_else(PoisonError::into_inner);
-            match &*active {
-                Some(counting) if counting.until > Instant::now() => counting.until,
-                _ => {
-                    *active = None;
-                    return;
-                }
-            }
-        };
-        sleep_until(until).await;
+        self.active.ask(keep_ms, Active::start, |counting| {
+            counting.collect(&self.hierarchy.containers()?)
+        })
     }
 }
 
@@ -163,10 +138,8 @@ impl Active {
         // The end first: a beginning that is remembered must find its end.
         let exit = attach("walnut_sys_exit", c"sys_exit", &program::exit(maps))?;
         let enter = attach("walnut_sys_ent", c"sys_enter", &program::enter(maps))?;
-        let now = Instant::now();
         Ok(Self {
-            began: now,
-            until: now,
+            began: Instant::now(),
             counts,
             missed,
             _begun: begun,
@@ -202,13 +175,10 @@ impl Active {
             }
             key = Some(next);
         }
-        let missed = self.missed.values(&0u32.to_ne_bytes(), processors);
-        let missed = missed.map_err(failed)?.unwrap_or_default();
-        let missed = missed.chunks_exact(8).map(|value| numbers::<1>(value)[0]);
         Ok(Counts {
             elapsed: self.began.elapsed(),
             counts,
-            missed: missed.sum(),
+            missed: sum(&self.missed, processors).map_err(failed)?,
         })
     }
 }
@@ -254,6 +224,16 @@ fn attach(
         })
 }
 
+/// What all processors have counted together.
+fn sum(missed: &Map, processors: usize) -> io::Result<u64> {
+    let values = missed.values(&0u32.to_ne_bytes(), processors)?;
+    let values = values.unwrap_or_default();
+    Ok(values
+        .chunks_exact(8)
+        .map(|value| numbers::<1>(value)[0])
+        .sum())
+}
+
 /// The numbers of which the kernel's memory consists.
 fn numbers<const N: usize>(bytes: &[u8]) -> [u64; N] {
     let mut numbers = [0; N];
@@ -292,18 +272,5 @@ mod tests {
         let bytes: Vec<u8> = [7u64, 9].iter().flat_map(|n| n.to_ne_bytes()).collect();
         assert_eq!(numbers::<2>(&bytes), [7, 9]);
         assert_eq!(numbers::<2>(&bytes[..8]), [7, 0]);
-    }
-
-    #[tokio::test(flavor = "current_thread")]
-    async fn a_time_that_is_none_is_refused_with_its_value() {
-        let folder = tempfile::tempdir().unwrap();
-        let counter = SyscallCounter::new(Hierarchy::at(folder.path()));
-        for keep_ms in [0, 600_001] {
-            let error = counter.read(keep_ms).unwrap_err();
-            assert_eq!(
-                error.to_string(),
-                format!("keep_ms {keep_ms} must be 1 to 600000")
-            );
-        }
     }
 }

@@ -26,6 +26,7 @@ use crate::{
         validate, validate_process,
         wire::{Identity, Job},
     },
+    insight::{InsightError, Recorder},
     reaper::{Exit, Reaper},
     stdio::{StdioError, Streams},
 };
@@ -137,6 +138,9 @@ pub(crate) enum TaskError {
     /// The cgroup could not be used.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
+    /// The recording of what it calls could not begin.
+    #[error(transparent)]
+    Insight(#[from] InsightError),
     /// The system refused.
     #[error("cannot {attempted}")]
     System {
@@ -154,6 +158,8 @@ pub(crate) struct Machinery {
     pub(crate) program: PathBuf,
     /// Where containers' cgroups are made.
     pub(crate) hierarchy: Hierarchy,
+    /// What notes which system calls they make.
+    pub(crate) recorder: Recorder,
     /// What AppArmor's kernel side has been given.
     pub(crate) profiles: Arc<Profiles>,
     /// Where children end.
@@ -239,6 +245,8 @@ impl Tasks {
                 id: request.id,
             });
         }
+        let recorder = &self.machinery.recorder;
+        recorder.begins(&request.id, &spec.annotations)?;
         let cgroup = self.machinery.hierarchy.create(&request.id)?;
         let process = Process::new(request.terminal, request.names, claimed);
         let identity = Identity {

@@ -79,6 +79,17 @@ impl Agent {
         .await
     }
 
+    /// `Guest.Record`.
+    pub(crate) async fn record(
+        &self,
+        request: &guest::RecordRequest,
+    ) -> Result<guest::RecordResponse, AgentError> {
+        call("Record", CALL_DEADLINE, |context| {
+            self.guest.record(context, request)
+        })
+        .await
+    }
+
     /// `Guest.AddStorage`: answers the guest's numbers of the disks, as many as there are.
     pub(crate) async fn add_storage(
         &self,

@@ -43,8 +43,8 @@ const EDGES: &[(&str, &[&str])] = &[
     ("xtask", &["walnut-guest-image", "walnut-lab-init"]),
     ("xtask/lab-init", &[]),
 ];
-/// Who drives KVM: the VMM, and the developer's probe of the machine.
-const KVM_USERS: [&str; 2] = ["vmm", "xtask"];
+/// Who drives KVM: the VMM, and the probes of the machine, the user's and the developer's.
+const KVM_USERS: [&str; 3] = ["cli", "vmm", "xtask"];
 /// Packages that drive KVM or touch guest memory.
 const NEEDS_KVM: [&str; 8] = [
     "acpi_tables",
