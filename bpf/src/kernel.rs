@@ -204,7 +204,7 @@ pub fn load(kind: ProgramKind, name: &'static str, instructions: &[u64]) -> io::
         interface_index: 0,
         expected_attach_type: match kind {
             ProgramKind::CgroupDevice => BPF_CGROUP_DEVICE,
-            ProgramKind::RawTracepoint => 0,
+            ProgramKind::Tracepoint | ProgramKind::RawTracepoint => 0,
             ProgramKind::SocketLookup => BPF_SK_LOOKUP,
         },
     };

@@ -104,13 +104,10 @@ impl StateDir {
     }
 }
 
-/// The socket of a sandbox's server. `containerd` tells apart several daemons on one machine.
+/// The socket of a sandbox's server, where containerd's own shims have theirs, so that `ctr shim` finds it. `containerd`
+/// tells apart several daemons on one machine.
 pub(crate) fn socket_path(containerd: &str, namespace: &str, sandbox_id: &str) -> PathBuf {
-    let mut hash = Sha256::new();
-    for part in ["walnut", containerd, namespace, sandbox_id] {
-        hash.update(part.as_bytes());
-        hash.update([0]);
-    }
+    let hash = Sha256::new_with_prefix(format!("{containerd}/{namespace}/{sandbox_id}"));
     let mut name = String::with_capacity(64);
     for byte in hash.finalize() {
         // Writing to a String cannot fail.
