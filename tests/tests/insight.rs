@@ -37,8 +37,8 @@ redis-cli -p 7000 get nut
 redis-cli -p 7000 shutdown nosave || true
 wait
 python3 -c '
-import socket, subprocess, tempfile, threading
-with tempfile.TemporaryFile() as file: file.write(b"nut")
+import socket, subprocess, threading
+with open("/tmp/nut", "w") as file: file.write("nut")
 a, b = socket.socketpair()
 thread = threading.Thread(target=a.sendall, args=[b"nut"])
 thread.start()
