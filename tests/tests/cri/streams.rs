@@ -89,13 +89,14 @@ fn attach(pod: &mut Pod<'_>) -> Result<()> {
     second.write(b"two\n")?;
     second.wait_for("said two\n")?;
     second.leave();
-    let log: Vec<_> = container.log()?.into_iter().map(|line| line.text).collect();
-    for line in ["said one", "said two", "noted"] {
-        ensure!(
-            log.iter().any(|said| said == line),
-            "{line:?} is not in {log:?}"
-        );
-    }
+    // containerd writes the log beside what it sends, not before.
+    let wanted = ["said one", "said two", "noted"];
+    let deadline = Deadline::after(deadline::REQUEST);
+    deadline::until("all three lines in the log", deadline, || {
+        let log: Vec<_> = container.log()?.into_iter().map(|line| line.text).collect();
+        let has = |line| log.iter().any(|said| said == line);
+        Ok(wanted.into_iter().all(has).then_some(()))
+    })?;
     container.stop(0)?;
     container.remove()?;
     // With a terminal of its own.
