@@ -6,7 +6,7 @@
 
 use crate::{
     console::Console,
-    pod::{BOTH, fifo, milliseconds},
+    pod::{BOTH, fifo, milliseconds, output_to},
     progress,
     report::{Better, Report, Row, Samples},
 };
@@ -247,10 +247,7 @@ impl Pod {
         self.names += 1;
         let exec = format!("look-{}", self.names);
         let (stdout, said) = self.said(&exec)?;
-        let stdio = Stdio {
-            stdout,
-            ..Stdio::default()
-        };
+        let stdio = output_to(stdout);
         let id = self.first.id();
         let program = process(&["cat", "/proc/meminfo"]);
         self.tasks.exec(id, &exec, &program, &stdio)?;
@@ -270,10 +267,7 @@ impl Pod {
     fn call_ns(&mut self, filter: Option<&Value>) -> Result<f64> {
         let name = format!("calls-{}", self.names);
         let (stdout, said) = self.said(&name)?;
-        let stdio = Stdio {
-            stdout,
-            ..Stdio::default()
-        };
+        let stdio = output_to(stdout);
         let dd = format!("busybox time -p dd if=/dev/zero of=/dev/null bs=1 count={BYTES} 2>&1");
         let (id, _) = self.add(&["sh", "-c", &dd], filter, &stdio)?;
         ensure!(self.tasks.wait(&id, "")? == 0, "dd failed");

@@ -32,6 +32,15 @@ const ROUND_TRIPS: usize = 100;
 /// Processes that come and go between two looks at the shim's memory.
 const EXECS: usize = 100;
 
+/// Standard output and error to one FIFO: runc's shim takes none without the other.
+pub(crate) fn output_to(path: String) -> Stdio {
+    Stdio {
+        stderr: path.clone(),
+        stdout: path,
+        ..Stdio::default()
+    }
+}
+
 /// One Pod of one runtime, and what has been measured of it.
 struct Pod {
     runtime: Runtime,
@@ -99,10 +108,7 @@ impl Pod {
 
     /// MiB a second from a process to a reader of its FIFO.
     fn throughput(&mut self, directory: &Path) -> Result<f64> {
-        let stdio = Stdio {
-            stdout: fifo(directory, &format!("out-{}", self.execs))?,
-            ..Stdio::default()
-        };
+        let stdio = output_to(fifo(directory, &format!("out-{}", self.execs))?);
         let path = stdio.stdout.clone();
         let reader =
             thread::spawn(move || std::io::copy(&mut File::open(path)?, &mut std::io::sink()));
@@ -121,8 +127,7 @@ impl Pod {
         let exec = format!("bench-{}", self.execs);
         let stdio = Stdio {
             stdin: fifo(directory, &format!("{exec}-in"))?,
-            stdout: fifo(directory, &format!("{exec}-out"))?,
-            ..Stdio::default()
+            ..output_to(fifo(directory, &format!("{exec}-out"))?)
         };
         self.tasks.exec(&id, &exec, &process(&["cat"]), &stdio)?;
         // Opening waits for the shim, and the shim for the start.

@@ -1,5 +1,8 @@
 //! What is offered to the driver, and what an agreement means for the host's tap (virtio 1.3, sections 5.1.3 and
 //! 5.1.4). Pure: no I/O.
+//!
+//! Not offered: fragmentation of UDP (`HOST_UFO`, `GUEST_UFO`), of which Linux' stack makes no use since 4.14, as USO
+//! cuts a large send into datagrams instead; and ECN, whose packets a guest segments itself.
 
 use super::packet;
 use virtio_bindings::virtio_net::{
