@@ -333,8 +333,21 @@ impl Map {
         bpf(BPF_MAP_UPDATE_ELEM, &attributes).map(drop)
     }
 
-    /// The key that comes after `key`, or the first; keys that come and go meanwhile may be missed.
-    pub fn next_key(&self, key: Option<&[u8]>) -> io::Result<Option<Vec<u8>>> {
+    /// The keys that it has; of those that come and go meanwhile some may be missed, or come twice.
+    pub fn keys(&self) -> io::Result<Vec<Vec<u8>>> {
+        let mut keys: Vec<Vec<u8>> = Vec::new();
+        // A key that goes while it is read lets the kernel begin again: no more steps than entries.
+        for _ in 0..self.shape.entries {
+            match self.next_key(keys.last().map(Vec::as_slice))? {
+                Some(next) => keys.push(next),
+                None => break,
+            }
+        }
+        Ok(keys)
+    }
+
+    /// The key that comes after `key`, or the first.
+    fn next_key(&self, key: Option<&[u8]>) -> io::Result<Option<Vec<u8>>> {
         let mut next = vec![0; size(self.shape.key)?];
         if key.is_some_and(|key| key.len() != next.len()) {
             return Err(io::ErrorKind::InvalidInput.into());

@@ -78,6 +78,8 @@ pub mod function {
     pub const TIME_NS: i32 = 5;
     /// `bpf_get_current_pid_tgid()`.
     pub const THREAD_ID: i32 = 14;
+    /// `bpf_get_current_comm(buffer, bytes)`.
+    pub const CURRENT_NAME: i32 = 16;
     /// `bpf_sk_release(socket)`.
     pub const RELEASE_SOCKET: i32 = 86;
     /// `bpf_get_current_ancestor_cgroup_id(level)`.

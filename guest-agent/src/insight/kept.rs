@@ -103,6 +103,13 @@ async fn end_in_time<T>(slot: Arc<Mutex<Option<Lease<T>>>>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tokio::{task::yield_now, time::advance};
+
+    /// Lets virtual time pass, and whoever waits for it act.
+    async fn pass(milliseconds: u64) {
+        advance(Duration::from_millis(milliseconds)).await;
+        yield_now().await;
+    }
 
     #[tokio::test(flavor = "current_thread")]
     async fn a_time_that_is_none_is_refused_with_its_value() {
@@ -115,16 +122,22 @@ mod tests {
         }
     }
 
-    #[tokio::test(flavor = "current_thread")]
+    #[tokio::test(flavor = "current_thread", start_paused = true)]
     async fn what_nobody_asks_goes_and_what_is_for_good_stays() {
         let kept = Kept::default();
-        kept.ask(1, || Ok(7), |_| Ok(())).unwrap();
-        while kept.if_there(|_| ()).is_some() {
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
-        kept.ask(1, || Ok(8), |_| Ok(())).unwrap();
+        kept.ask(100, || Ok(7), |_| Ok(())).unwrap();
+        // Whoever ends it begins to wait.
+        yield_now().await;
+        pass(60).await;
+        kept.ask(100, || Ok(8), |_| Ok(())).unwrap();
+        pass(60).await;
+        assert_eq!(kept.if_there(|number| *number), Some(7));
+        pass(60).await;
+        assert_eq!(kept.if_there(|number| *number), None);
+        kept.ask(100, || Ok(8), |_| Ok(())).unwrap();
+        yield_now().await;
         kept.keep_for_good(|| Ok(9)).unwrap();
-        tokio::time::sleep(Duration::from_millis(20)).await;
+        pass(1000).await;
         assert_eq!(kept.if_there(|number| *number), Some(8));
     }
 }

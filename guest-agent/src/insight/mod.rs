@@ -154,14 +154,9 @@ impl Active {
         };
         let processors = possible_processors().map_err(failed)?;
         let mut counts = Vec::new();
-        let mut key = None;
-        // A key that goes while it is read lets the kernel begin again: no more steps than entries.
-        for _ in 0..MAX_COUNTS {
-            let Some(next) = self.counts.next_key(key.as_deref()).map_err(failed)? else {
-                break;
-            };
-            let values = self.counts.values(&next, processors).map_err(failed)?;
-            let [cgroup, number] = numbers(&next);
+        for key in self.counts.keys().map_err(failed)? {
+            let values = self.counts.values(&key, processors).map_err(failed)?;
+            let [cgroup, number] = numbers(&key);
             if let (Some(values), Some(container)) = (values, containers.get(&cgroup)) {
                 let mut count = Count {
                     container: container.clone(),
@@ -173,7 +168,6 @@ impl Active {
                 }
                 counts.push(count);
             }
-            key = Some(next);
         }
         Ok(Counts {
             elapsed: self.began.elapsed(),

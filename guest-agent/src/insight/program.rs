@@ -114,14 +114,34 @@ enum Result {
     SecondArgument,
 }
 
-/// Adds the call of `NUMBER` that took `TOOK` to the container's count, and ends the program.
-fn count(program: &mut Assembler, maps: Maps, result: Result) {
+/// Puts the id of the caller's container into this place of the stack; ends where there is none.
+pub(super) fn put_container(program: &mut Assembler, place: i16) {
     program
         .add(code::MOVE, 1, 0, 0, CONTAINER_LEVEL)
         .call(ANCESTOR_CGROUP_ID)
-        // Not of a container.
         .jump(code::JUMP_EQUAL, RESULT, 0, 0, "end")
-        .add(code::STORE_DOUBLE, STACK, RESULT, KEY, 0)
+        .add(code::STORE_DOUBLE, STACK, RESULT, place, 0);
+}
+
+/// Counts a call that no room was left for, by this place of the stack, and ends the program.
+pub(super) fn miss(program: &mut Assembler, missed: i32, index: i16) {
+    program
+        .add(code::STORE_WORD_IMMEDIATE, STACK, 0, index, 0)
+        .map(1, missed)
+        .stack(2, index.into())
+        .call(MAP_LOOKUP)
+        .jump(code::JUMP_EQUAL, RESULT, 0, 0, "end");
+    increment(program, 0);
+    program
+        .place("end")
+        .add(code::MOVE, RESULT, 0, 0, 0)
+        .add(code::EXIT, 0, 0, 0, 0);
+}
+
+/// Adds the call of `NUMBER` that took `TOOK` to the container's count, and ends the program.
+fn count(program: &mut Assembler, maps: Maps, result: Result) {
+    put_container(program, KEY);
+    program
         .add(code::STORE_DOUBLE, STACK, NUMBER, KEY_NUMBER, 0)
         .map(1, maps.counts)
         .stack(2, KEY.into())
@@ -158,17 +178,8 @@ fn count(program: &mut Assembler, maps: Maps, result: Result) {
         .jump(code::JUMP_NOT_MORE_REGISTER, TOOK, 1, 0, "end")
         .add(code::STORE_DOUBLE, RESULT, TOOK, 24, 0)
         .jump(code::JUMP, 0, 0, 0, "end")
-        .place("missed")
-        .add(code::STORE_WORD_IMMEDIATE, STACK, 0, INDEX, 0)
-        .map(1, maps.missed)
-        .stack(2, INDEX.into())
-        .call(MAP_LOOKUP)
-        .jump(code::JUMP_EQUAL, RESULT, 0, 0, "end");
-    increment(program, 0);
-    program
-        .place("end")
-        .add(code::MOVE, RESULT, 0, 0, 0)
-        .add(code::EXIT, 0, 0, 0, 0);
+        .place("missed");
+    miss(program, maps.missed, INDEX);
 }
 
 /// Adds 1 to the number at an offset of what the result points to.

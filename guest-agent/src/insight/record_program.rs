@@ -6,7 +6,11 @@
 //! [`SETUP_NAME`]. A program that takes this name hides its calls, and is then refused more, never less. Must
 //! not load a program.
 
-use walnut_bpf::{Assembler, CONTEXT, RESULT, STACK, code};
+use super::program::{miss, put_container};
+use walnut_bpf::{
+    Assembler, CONTEXT, RESULT, STACK, code,
+    function::{CURRENT_NAME, MAP_LOOKUP, MAP_UPDATE},
+};
 
 /// What `walnut-init` calls itself (`PR_SET_NAME`) until it is the container's program.
 pub(crate) const SETUP_NAME: &std::ffi::CStr = c"walnut-init";
@@ -16,8 +20,6 @@ pub(super) const KEY_BYTES: u32 = 16;
 /// Bytes of a value, which says nothing.
 pub(super) const VALUE_BYTES: u32 = 8;
 
-/// Depth of a container's cgroup below the root of the hierarchy.
-const CONTAINER_LEVEL: i32 = 2;
 /// Above every number that this kernel knows.
 const MAX_NUMBER: i32 = 1023;
 const CLONE: i32 = 56;
@@ -35,11 +37,6 @@ const PERSONALITIES: [u32; 5] = [0, 0x0008, 0x2_0000, 0x2_0008, u32::MAX];
 /// Class of the others.
 const OTHER_PERSONALITY: u32 = 0xffff_fffe;
 
-/// The kernel's helpers (`enum bpf_func_id`).
-const MAP_LOOKUP: i32 = 1;
-const MAP_UPDATE: i32 = 2;
-const CURRENT_NAME: i32 = 16;
-const ANCESTOR_CGROUP_ID: i32 = 123;
 /// `TASK_COMM_LEN`.
 const NAME_BYTES: i32 = 16;
 
@@ -67,12 +64,7 @@ pub(super) fn enter(seen: i32, missed: i32) -> Vec<u64> {
         .add(code::LOAD_DOUBLE, NUMBER, FIELDS, FIELD_NUMBER, 0)
         .jump(code::JUMP_MORE, NUMBER, 0, MAX_NUMBER, "end");
     leave_out_setup(&mut program);
-    program
-        .add(code::MOVE, 1, 0, 0, CONTAINER_LEVEL)
-        .call(ANCESTOR_CGROUP_ID)
-        // Not of a container.
-        .jump(code::JUMP_EQUAL, RESULT, 0, 0, "end")
-        .add(code::STORE_DOUBLE, STACK, RESULT, KEY, 0);
+    put_container(&mut program, KEY);
     classify(&mut program);
     program
         .add(code::SHIFT_LEFT, CLASS, 0, 0, 32)
@@ -88,18 +80,8 @@ pub(super) fn enter(seen: i32, missed: i32) -> Vec<u64> {
         .stack(3, VALUE.into())
         .add(code::MOVE, 4, 0, 0, 0)
         .call(MAP_UPDATE)
-        .jump(code::JUMP_EQUAL, RESULT, 0, 0, "end")
-        .add(code::STORE_WORD_IMMEDIATE, STACK, 0, INDEX, 0)
-        .map(1, missed)
-        .stack(2, INDEX.into())
-        .call(MAP_LOOKUP)
-        .jump(code::JUMP_EQUAL, RESULT, 0, 0, "end")
-        .add(code::LOAD_DOUBLE, 1, RESULT, 0, 0)
-        .add(code::ADD, 1, 0, 0, 1)
-        .add(code::STORE_DOUBLE, RESULT, 1, 0, 0)
-        .place("end")
-        .add(code::MOVE, RESULT, 0, 0, 0)
-        .add(code::EXIT, 0, 0, 0, 0);
+        .jump(code::JUMP_EQUAL, RESULT, 0, 0, "end");
+    miss(&mut program, missed, INDEX);
     program.finish()
 }
 

@@ -146,21 +146,8 @@ impl Active {
         })
     }
 
-    fn keys(&self) -> io::Result<Vec<Vec<u8>>> {
-        let mut keys: Vec<Vec<u8>> = Vec::new();
-        // A key that goes while it is read lets the kernel begin again: no more steps than entries.
-        for _ in 0..MAX_SEEN {
-            let last = keys.last().map(Vec::as_slice);
-            match self.seen.next_key(last)? {
-                Some(next) => keys.push(next),
-                None => break,
-            }
-        }
-        Ok(keys)
-    }
-
     fn collect(&self, container: u64) -> Result<Record, InsightError> {
-        let keys = self.keys().map_err(reading)?;
+        let keys = self.seen.keys().map_err(reading)?;
         let uses = keys.iter().filter_map(|key| {
             let [cgroup, call] = numbers(key);
             let [n0, n1, n2, n3, c0, c1, c2, c3] = call.to_le_bytes();
@@ -183,7 +170,7 @@ impl Active {
         let containers = hierarchy.containers()?;
         self.whole
             .retain(|id| containers.values().any(|name| name == id));
-        for key in self.keys().map_err(reading)? {
+        for key in self.seen.keys().map_err(reading)? {
             if !containers.contains_key(&numbers::<1>(&key)[0]) {
                 self.seen.remove(&key).map_err(reading)?;
             }
