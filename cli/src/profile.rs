@@ -123,31 +123,28 @@ async fn record(
         };
         async move { shim.record(&request).await }
     };
-    let over = async {
-        let never = std::future::pending::<()>();
-        match end {
-            // Its end is what is waited for.
-            Some(end) => drop(timeout_at(end, never).await),
-            None => never.await,
-        }
-    };
-    let interrupted = tokio::signal::ctrl_c();
-    tokio::pin!(over, interrupted);
     // Recording has begun when this is answered.
     ask(Duration::ZERO).await?;
     eprintln!("walnut: recording");
-    loop {
-        let answer = tokio::select! {
-            answer = ask(STEP) => answer?,
-            () = &mut over => break,
-            interrupted = &mut interrupted => {
-                interrupted?;
-                break;
+    let ended = async {
+        loop {
+            let answer = ask(STEP).await?;
+            if answer.ended {
+                return Ok::<_, CommandError>(answer);
             }
-        };
-        if answer.ended {
-            return Ok(answer);
         }
+    };
+    let ended = async {
+        match end {
+            Some(end) => timeout_at(end, ended).await.ok(),
+            None => Some(ended.await),
+        }
+    };
+    tokio::select! {
+        answer = ended => if let Some(answer) = answer {
+            return answer;
+        },
+        interrupted = tokio::signal::ctrl_c() => interrupted?,
     }
     Ok(ask(Duration::ZERO).await?)
 }

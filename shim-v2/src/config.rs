@@ -6,9 +6,9 @@
 use crate::runtime_options::ConfigSource;
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
+use walnut_shim_api::{CONFIG, INITRAMFS, KERNEL, VMM};
 use walnut_vmm_api::{MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB};
 
-const DEFAULT_PATH: &str = "/etc/walnut/config.toml";
 /// Names another file; used by tests and by nodes with several configurations.
 pub(crate) const PATH_VARIABLE: &str = "WALNUT_CONFIG";
 /// Holds a configuration.
@@ -75,9 +75,9 @@ pub(crate) enum ConfigError {
 impl Default for Config {
     fn default() -> Self {
         Self {
-            vmm: "/usr/libexec/walnut/walnut-vmm".into(),
-            kernel: "/usr/share/walnut/vmlinux".into(),
-            initramfs: "/usr/share/walnut/initramfs.cpio".into(),
+            vmm: VMM.into(),
+            kernel: KERNEL.into(),
+            initramfs: INITRAMFS.into(),
             vcpus: 1,
             memory_mib: 256,
             writable_layer_mib: 0,
@@ -101,7 +101,7 @@ impl Config {
                 std::env::var_os(PATH_VARIABLE).map(PathBuf::from)
             }
         };
-        let path = named.clone().unwrap_or_else(|| DEFAULT_PATH.into());
+        let path = named.clone().unwrap_or_else(|| CONFIG.into());
         match std::fs::read_to_string(&path) {
             Ok(text) => Self::parse(&text, &path),
             Err(error) if named.is_none() && error.kind() == std::io::ErrorKind::NotFound => {

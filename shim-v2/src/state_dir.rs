@@ -125,6 +125,9 @@ mod tests {
     fn sockets_are_short_and_differ_by_every_part() {
         let one = socket_path("/run/containerd/containerd.sock", "default", "a");
         assert!(one.as_os_str().len() <= 107);
+        // `SocketAddress` of containerd's pkg/shim: the hash of the three as one path.
+        let name = "82795ca4b9b166c1139546afbf9dfd59d74776e0b49c8edfbb195f9d8b9e94a6";
+        assert_eq!(one, Path::new(SOCKET_ROOT).join(name));
         for (containerd, namespace, id) in [
             ("/other", "default", "a"),
             ("/run/containerd/containerd.sock", "defaulta", ""),

@@ -22,11 +22,7 @@ const KVM: Subject = Subject {
     why: "every Pod is a virtual machine of KVM's",
 };
 
-pub(super) fn look(root: &Root) -> Vec<Finding> {
-    vec![probe(root)]
-}
-
-fn probe(root: &Root) -> Finding {
+pub(super) fn look(root: &Root) -> Finding {
     let path = root.at(DEVICE);
     let opened =
         CString::new(path.to_string_lossy().as_bytes()).map(|path| Kvm::new_with_path(&path));
@@ -87,9 +83,19 @@ mod tests {
     #[test]
     fn a_device_that_is_a_file_is_not_kvm() {
         let (_folder, root) = machine(&[("dev/kvm", "")]);
-        let finding = probe(&root);
+        let finding = look(&root);
         assert_eq!(finding.result, Grade::Fail, "{finding:?}");
         let (_folder, root) = machine(&[]);
-        assert!(probe(&root).what.starts_with("/dev/kvm cannot be opened"));
+        assert!(look(&root).what.starts_with("/dev/kvm cannot be opened"));
+    }
+
+    /// The two can't share it: the command doesn't know the VMM, and their contracts don't know KVM.
+    #[test]
+    fn the_vmm_asks_for_the_same() {
+        let vmm = include_str!("../../../vmm/src/vm.rs");
+        for (_, name) in EXTENSIONS {
+            assert!(vmm.contains(&format!("\"{name}\"")), "{name}");
+        }
+        assert_eq!(vmm.matches("\"KVM_CAP_").count(), EXTENSIONS.len());
     }
 }

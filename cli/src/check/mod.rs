@@ -138,7 +138,7 @@ pub(crate) fn run(hardening: bool, json: bool) -> Result<Answer, CommandError> {
 }
 
 fn look(root: &Root, hardening: bool) -> Vec<Finding> {
-    let mut findings = kvm::look(root);
+    let mut findings = vec![kvm::look(root)];
     findings.extend(product::look(root));
     findings.extend(host::look(root));
     if hardening {

@@ -7,9 +7,8 @@ use std::{
     path::{Path, PathBuf},
 };
 use toml::{Table, Value};
-use walnut_shim_api::STATE_ROOT;
+use walnut_shim_api::{CONFIG, INITRAMFS, KERNEL, STATE_ROOT, VMM};
 
-const CONFIG: &str = "/etc/walnut/config.toml";
 const SHIM: &str = "containerd-shim-walnut-v2";
 const SHIM_FOLDERS: [&str; 4] = ["/usr/local/bin", "/usr/local/sbin", "/usr/bin", "/usr/sbin"];
 const RUNTIME_TYPE: &str = "io.containerd.walnut.v2";
@@ -58,9 +57,9 @@ impl Paths {
             PathBuf::from(value.unwrap_or(default))
         };
         Self {
-            vmm: path("vmm", "/usr/libexec/walnut/walnut-vmm"),
-            kernel: path("kernel", "/usr/share/walnut/vmlinux"),
-            initramfs: path("initramfs", "/usr/share/walnut/initramfs.cpio"),
+            vmm: path("vmm", VMM),
+            kernel: path("kernel", KERNEL),
+            initramfs: path("initramfs", INITRAMFS),
         }
     }
 }

@@ -19,6 +19,14 @@ mod generated {
 
 pub use generated::{pod, pod_ttrpc};
 
+/// A machine's configuration, if it has one.
+pub const CONFIG: &str = "/etc/walnut/config.toml";
+/// The VMM's program, unless the configuration says otherwise.
+pub const VMM: &str = "/usr/libexec/walnut/walnut-vmm";
+/// The guest's kernel, likewise.
+pub const KERNEL: &str = "/usr/share/walnut/vmlinux";
+/// The guest's initramfs, likewise.
+pub const INITRAMFS: &str = "/usr/share/walnut/initramfs.cpio";
 /// Where the Pods of a machine have their directories.
 pub const STATE_ROOT: &str = "/run/walnut";
 /// File of a Pod's directory: the path of the shim's socket, and nothing else.
