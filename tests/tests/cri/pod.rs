@@ -20,13 +20,8 @@ pub(crate) fn a_pod_and_its_containers(cri: &Cri) -> Result<()> {
     let version = cri.call("Version", json!({ "version": "v1" }))?;
     ensure!(version["runtime_name"] == "containerd", "{version}");
     the_node_is_ready(cri)?;
-    let pod = cri.pod(json!({
-        "hostname": "a-pod",
-        "dns_config": { "servers": ["192.0.2.53"], "searches": ["walnut.local"], "options": ["ndots:5"] },
-        "linux": { "sysctls": { "net.ipv4.tcp_keepalive_time": "601", "kernel.shm_rmid_forced": "1" } },
-    }))?;
     tell(
-        pod,
+        named(cri)?,
         &[
             ("a Pod that is ready", is_ready),
             ("containers share the Pod's network and IPC", share),
@@ -38,6 +33,15 @@ pub(crate) fn a_pod_and_its_containers(cri: &Cri) -> Result<()> {
             ("the node and the Pod reach each other", network),
         ],
     )
+}
+
+/// A Pod whose name, DNS and sysctls are those that [`names`] and [`sysctls`] look for.
+pub(crate) fn named(cri: &Cri) -> Result<Pod<'_>> {
+    cri.pod(json!({
+        "hostname": "a-pod",
+        "dns_config": { "servers": ["192.0.2.53"], "searches": ["walnut.local"], "options": ["ndots:5"] },
+        "linux": { "sysctls": { "net.ipv4.tcp_keepalive_time": "601", "kernel.shm_rmid_forced": "1" } },
+    }))
 }
 
 pub(crate) fn what_containers_may_do(cri: &Cri) -> Result<()> {

@@ -2,20 +2,15 @@
 
 use crate::{
     container::exec_sync,
-    pod::{is_ready, names, share, sysctls, tell},
+    pod::{is_ready, named, names, share, sysctls, tell},
 };
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 use walnut_tests::cri::{Cri, Pod};
 
 pub(crate) fn a_pod_that_is_the_shims(cri: &Cri) -> Result<()> {
-    let pod = cri.pod(json!({
-        "hostname": "a-pod",
-        "dns_config": { "servers": ["192.0.2.53"], "searches": ["walnut.local"], "options": ["ndots:5"] },
-        "linux": { "sysctls": { "net.ipv4.tcp_keepalive_time": "601", "kernel.shm_rmid_forced": "1" } },
-    }))?;
     tell(
-        pod,
+        named(cri)?,
         &[
             ("a Pod that is ready", is_ready),
             ("it is listed", listed),
