@@ -2,6 +2,7 @@
 
 use std::io::{self, IsTerminal, Read};
 use std::net::TcpStream;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -16,12 +17,13 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(30);
 pub(crate) fn run_with_input(client: &Client, exec: Exec) -> Result<i32> {
     let stream = client.connect(CONNECT_LIMIT)?;
     client.call(&stream, Request::Exec(exec))?;
+    let to_lab = writer(&stream)?;
     if io::stdin().is_terminal() {
         wire::send(&stream, Kind::StdinEnd, &[]).context("send the end of input to the lab")?;
     } else {
-        forward_input(&stream)?;
+        forward_input(Arc::clone(&to_lab));
     }
-    receive_all(&stream, &mut Inherit)
+    receive_all(&stream, &to_lab, &mut Inherit)
 }
 
 /// Runs a login shell on a terminal of its own.
@@ -45,28 +47,34 @@ pub(crate) fn interactive(client: &Client) -> Result<i32> {
             terminal: Some(size),
         }),
     )?;
+    let to_lab = writer(&stream)?;
     let _raw = RawTerminal::enter()?;
-    forward_input(&stream)?;
-    receive_all(&stream, &mut Inherit)
+    forward_input(Arc::clone(&to_lab));
+    receive_all(&stream, &to_lab, &mut Inherit)
+}
+
+/// For several to write to the lab, a frame at a time.
+fn writer(stream: &TcpStream) -> Result<Arc<Mutex<TcpStream>>> {
+    let stream = stream.try_clone().context("share the lab's connection")?;
+    Ok(Arc::new(Mutex::new(stream)))
 }
 
 /// Sends standard input from a thread, which ends with this process.
-fn forward_input(stream: &TcpStream) -> Result<()> {
-    let stream = stream.try_clone().context("share the lab's connection")?;
+fn forward_input(to_lab: Arc<Mutex<TcpStream>>) {
     std::thread::spawn(move || {
         let mut buffer = vec![0u8; 64 << 10];
         loop {
             let length = io::stdin().read(&mut buffer).unwrap_or(0);
+            let mut to_lab = to_lab.lock().unwrap_or_else(PoisonError::into_inner);
             let sent = match length {
-                0 => wire::send(&stream, Kind::StdinEnd, &[]),
-                _ => wire::send(&stream, Kind::Stdin, &buffer[..length]),
+                0 => wire::send(&mut *to_lab, Kind::StdinEnd, &[]),
+                _ => wire::send(&mut *to_lab, Kind::Stdin, &buffer[..length]),
             };
             if length == 0 || sent.is_err() {
                 return;
             }
         }
     });
-    Ok(())
 }
 
 /// The terminal passes every key on, until this is dropped.
